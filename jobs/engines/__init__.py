@@ -1,0 +1,58 @@
+"""What a stage needs from a distributed backend. A module in here is an engine: ``LIMITS``, ``build``.
+
+An engine module can be imported without torch: heavy imports stand inside ``build``.
+
+    build(make: Callable[[], nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> Engine
+
+``make`` builds the model, with the same weights on every rank; it is called by the engine, so that
+one that shards weights at birth can. ``module(tokens, targets)`` returns the negative log-likelihood
+of each target token, (B, T) in fp32; ``module(tokens)`` returns logits (B, T, V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    Batch = dict[str, torch.Tensor]  # tokens (B, T) and targets (B, T), int64, on the CPU
+    LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]  # (nll (B, T), batch) -> scalar
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step says of itself, the same on every rank."""
+
+    loss: float  # mean over the global batch
+    grad_norm: float  # global 2-norm before clipping
+
+
+class Engine(Protocol):
+    """One model, its optimizer and its shards on all ranks. Every method is collective."""
+
+    module: torch.nn.Module
+
+    def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches, with learning rate ``lr``."""
+        ...
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Negative log-likelihoods (B, T) of this rank's batch, fp32, without gradients."""
+        ...
+
+    def gathered(self) -> AbstractContextManager[torch.nn.Module]:
+        """The whole module on every rank, for generation and export."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of weights and optimizer state into ``folder``."""
+        ...
+
+    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+        """Read what ``save`` wrote; with ``weights_only``, leave the optimizer as it is."""
+        ...

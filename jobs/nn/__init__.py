@@ -1,0 +1,1 @@
+"""Tensors only: the model, its losses. Nothing here knows of ranks or files."""

@@ -1,0 +1,1 @@
+"""What every training stage shares: ranks, the loop, checkpoints, signals."""

@@ -1,0 +1,26 @@
+"""Where a run executes: one module per launcher, each with ``submit``, ``alive`` and ``cancel``.
+
+A launcher starts ``jobs.__main__.main(<run folder>)`` once per rank, and nothing else: whatever the
+job needs to know lies in the run folder.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from orchestrator.run import Run
+
+
+class Launcher(Protocol):
+    """What every module of this package offers."""
+
+    def submit(self, runs: Sequence[Run]) -> None:
+        """Queue ``runs``, each once the one before it has succeeded; record a Submission in each."""
+        ...
+
+    def alive(self, run: Run) -> bool:
+        """Whether the newest submission of ``run`` is queued or runs."""
+        ...
+
+    def cancel(self, run: Run, *, now: bool = False) -> None:
+        """Ask the job to save and leave; with ``now``, end it at once."""
+        ...

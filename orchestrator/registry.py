@@ -1,0 +1,34 @@
+"""Find a stage, an engine or a launcher by name: the file is the registration."""
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+
+from orchestrator.errors import ConfigError
+
+KINDS = {"jobs": "stage kind", "jobs.engines": "engine", "launch": "launcher"}
+
+
+def available(package: str) -> list[str]:
+    """Names of the modules directly in ``package``; its subpackages are shared code, not plug-ins."""
+    path = importlib.import_module(package).__path__
+    return sorted(m.name for m in pkgutil.iter_modules(path) if not m.ispkg and m.name[0] != "_")
+
+
+def find(package: str, name: str) -> ModuleType:
+    """Import ``<package>.<name>``.
+
+    Raises:
+        ConfigError: there is no such module; the hint names the nearest.
+    """
+    names = available(package)
+    if name not in names:
+        raise ConfigError(f"no {KINDS[package]} `{name}`", hint=did_you_mean(name, names))
+    return importlib.import_module(f"{package}.{name}")
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    """A hint: the name that was meant, or all there are."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean `{near[0]}`?" if near else "one of: " + ", ".join(f"`{n}`" for n in names)

@@ -1,0 +1,226 @@
+"""One stage on disk: the folder that is all the control plane and the job share.
+
+Every file has one writer, and is replaced at once, so that a reader never sees half of it:
+
+    spec.yaml  plan.json  code/     the control plane, once, at submit
+    run.json                        the control plane: every submission
+    attempts/<attempt>.json         rank 0 of the job: from which step, to which, why it ended
+    failures/<attempt>-<rank>.json  each rank that raised: what, when
+    heartbeat.json  metrics.jsonl   rank 0, as it trains
+    tracking.json                   whoever holds the tracking lock: MLflow ids, what was sent
+    logs/<attempt>-<rank>.log       each rank
+    checkpoints/step-0000500/       all ranks; MANIFEST.json last
+"""
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from orchestrator.errors import ConfigError, LaunchError
+from orchestrator.spec import Experiment
+
+Cause = Literal["", "done", "cancelled", "preempted", "error", "lost"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return ``name`` if it may become a folder; raise ConfigError if it could lead elsewhere."""
+    if not NAME.fullmatch(name) or ".." in name:
+        raise ConfigError(
+            f"{what} `{name}` cannot be a folder name",
+            hint="use letters, digits, `.`, `_` and `-`, at most 100, beginning with a letter or digit",
+        )
+    return name
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` at once, and see it on disk before returning."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` by ``value`` as JSON."""
+    write_atomic(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """The JSON in ``path``, or ``default`` where there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+
+
+@dataclass(kw_only=True)
+class Submission:
+    """One hand-over of the run to a launcher; a requeue by the scheduler is not a new one."""
+
+    number: int
+    launcher: str
+    job_id: str
+    submitted_at: float  # seconds since the epoch
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One start of the job. Written by its rank 0."""
+
+    name: str  # the submission's number, with `r<n>` after it for the n-th requeue
+    job_id: str
+    world: int
+    host: str
+    started_at: float
+    from_step: int = 0
+    to_step: int = 0
+    ended_at: float | None = None
+    cause: Cause = ""  # empty while it runs, and for ever if it was killed
+    checkpoint_step: int = 0  # of the last checkpoint committed
+    note: str = ""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """``<root>/<experiment>/<stage>``, on a file system that every node sees."""
+
+    folder: Path
+    experiment: str
+    stage: str
+    index: int  # of the stage in its chain, from 1
+    key: str  # a random word that names this run in MLflow for life
+    submissions: list[Submission] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """As the user types it: ``experiment/stage``."""
+        return f"{self.experiment}/{self.stage}"
+
+    @property
+    def root(self) -> Path:
+        """The runs folder."""
+        return self.folder.parent.parent
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie, one folder each."""
+        return self.folder / "checkpoints"
+
+    def spec(self) -> Experiment:
+        """The experiment, as it was resolved at submit (``spec.yaml``)."""
+        from omegaconf import OmegaConf
+
+        merged = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.load(self.folder / "spec.yaml"))
+        return cast(Experiment, OmegaConf.to_object(merged))
+
+    def save(self) -> None:
+        """Replace ``run.json``. Only the control plane may, under ``lock("run")``."""
+        value = asdict(self)
+        del value["folder"]
+        write_json(self.folder / "run.json", value)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        """Read ``run.json`` in ``folder``. Raises LaunchError where there is none."""
+        value = read_json(folder / "run.json")
+        if value is None:
+            raise LaunchError(f"no run in `{folder}`", hint="`orch status` lists the runs there are")
+        value["submissions"] = [Submission(**s) for s in value["submissions"]]
+        return cls(folder=folder, **value)
+
+    def attempts(self) -> list[Attempt]:
+        """Every start of the job so far, oldest first."""
+        files = (self.folder / "attempts").glob("*.json")
+        return sorted((Attempt(**read_json(f)) for f in files), key=lambda a: a.started_at)
+
+    def save_attempt(self, attempt: Attempt) -> None:
+        """Replace the file of ``attempt``. Only rank 0 of that attempt may."""
+        write_json(self.folder / "attempts" / f"{attempt.name}.json", asdict(attempt))
+
+    def failures(self, attempt: str) -> list[dict[str, Any]]:
+        """What the ranks of ``attempt`` raised, the first to fail first.
+
+        Each has ``rank``, ``time``, ``type``, ``message``, ``hint`` and ``traceback``.
+        """
+        files = (self.folder / "failures").glob(f"{attempt}-*.json")
+        return sorted((read_json(f) for f in files), key=lambda f: f["time"])
+
+    def heartbeat(self) -> dict[str, Any]:
+        """The last sign of life: ``attempt, step, steps, tokens, loss, tokens_per_s, time``; or empty."""
+        return read_json(self.folder / "heartbeat.json", {})
+
+    def metrics(self) -> dict[int, dict[str, Any]]:
+        """Lines of ``metrics.jsonl`` by step; where attempts overlap, the last one counts."""
+        lines: dict[int, dict[str, Any]] = {}
+        for _, line in read_metrics(self.folder / "metrics.jsonl"):
+            lines[line["step"]] = line
+        return dict(sorted(lines.items()))
+
+    @contextmanager
+    def lock(self, what: str, *, wait_s: float = 10.0) -> Iterator[None]:
+        """Hold ``.<what>.lock`` in the run folder. Raises LaunchError after ``wait_s`` seconds."""
+        with open(self.folder / f".{what}.lock", "w") as f:
+            deadline = time.monotonic() + wait_s
+            while True:
+                try:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise LaunchError(
+                            f"run `{self.name}`: another process has held `.{what}.lock` for {wait_s:g} s",
+                            hint="wait for the other `orch` command to end",
+                        ) from None
+                    time.sleep(0.05)
+            yield
+
+
+def read_metrics(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines of a ``metrics.jsonl`` from byte ``offset``, each with the offset behind it.
+
+    A line cut off by a kill is not whole, and is passed over once another follows it.
+    """
+    try:
+        f = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with f:
+        f.seek(offset)
+        for raw in f:
+            if not raw.endswith(b"\n"):
+                return
+            offset += len(raw)
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "step" in line:
+                yield offset, line
+
+
+def list_runs(root: Path) -> list[Run]:
+    """Every run below the runs folder ``root``, by experiment and place in the chain."""
+    runs = [Run.load(f.parent) for f in root.glob("*/*/run.json")]
+    return sorted(runs, key=lambda r: (r.experiment, r.index))
+
+
+def find_runs(root: Path, name: str) -> list[Run]:
+    """The run ``experiment/stage``, or all runs of ``experiment``. Raises LaunchError for none."""
+    experiment, _, stage = name.strip("/").partition("/")
+    runs = [r for r in list_runs(root) if r.experiment == experiment and stage in ("", r.stage)]
+    if not runs:
+        raise LaunchError(f"no run `{name}` in `{root}`", hint="`orch status` lists the runs there are")
+    return runs

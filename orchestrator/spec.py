@@ -1,0 +1,207 @@
+"""The shape of an experiment. Plain frozen dataclasses: no torch, no OmegaConf, no I/O.
+
+Names follow the papers: ``hidden`` is h, ``layers`` is L, ``heads`` is a, ``seq_len`` is s.
+Sizes are in elements unless the name ends in a unit; GB is 1e9 bytes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Zero = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only transformer. The defaults are GPT-3's (Brown et al. 2020, section 2.1)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int = 50257
+    seq_len: int = 2048
+    kv_heads: int | None = None  # grouped-query attention; None: as many as heads
+    ffn_hidden: int | None = None  # None: 4 x hidden
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu_tanh"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_position: Literal["pre", "post"] = "pre"  # post: GPT-1
+    norm_eps: float = 1e-5
+    position: Literal["learned", "rope", "none"] = "learned"
+    rope_theta: float = 10_000.0
+    attention: Literal["dense", "banded", "alternating"] = "dense"  # alternating: dense, banded, ...
+    window: int = 256  # positions a banded layer looks back, its own included
+    bias: bool = True
+    tie_embeddings: bool = True
+    parallel_block: bool = False  # attention and feed-forward side by side (GPT-J)
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches
+    init_std: float = 0.02
+    scaled_init: bool = True  # residual projections start at init_std / sqrt(2 L) (GPT-2, section 2.3)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def kv_hidden(self) -> int:
+        """Width of the keys, and of the values, over all their heads."""
+        return self.head_dim * (self.kv_heads or self.heads)
+
+    @property
+    def ffn(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.ffn_hidden or 4 * self.hidden
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one block, counted exactly."""
+        h, f, b = self.hidden, self.ffn, int(self.bias)
+        norm = h * (1 + int(self.bias and self.norm == "layernorm"))
+        attention = h * (h + 2 * self.kv_hidden) + b * (h + 2 * self.kv_hidden) + h * h + b * h
+        up = 2 if self.activation == "swiglu" else 1
+        feed_forward = up * (h * f + b * f) + f * h + b * h
+        norms = 1 if self.parallel_block else 2
+        return attention + feed_forward + norms * norm
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters outside the blocks: tokens, positions, last norm, untied head."""
+        h = self.hidden
+        norm = h * (1 + int(self.bias and self.norm == "layernorm"))
+        positions = self.seq_len * h if self.position == "learned" else 0
+        head = 0 if self.tie_embeddings else self.vocab * h
+        return self.vocab * h + positions + head + (norm if self.norm_position == "pre" else 0)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model, counted exactly (12 L h^2 is its leading term)."""
+        return self.layers * self.layer_params + self.embedding_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """One source of a data mix: text for `prepare` to tokenize, or shards that exist already."""
+
+    weight: float = 1.0  # share of the training samples, relative to the other sources
+    text: list[str] = field(default_factory=list)  # files, folders, globs, or `builtin:python`
+    text_key: str = "text"  # key of the text in each line of a .jsonl file
+    shards: list[str] = field(default_factory=list)  # Megatron .bin/.idx prefixes, for training
+    val_shards: list[str] = field(default_factory=list)  # the same, held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Where the tokens come from. `prepare` fills ``folder``; the training stages read it."""
+
+    folder: str = "data"
+    sources: dict[str, SourceSpec] = field(default_factory=dict)
+    tokenizer: str | None = None  # a tokenizer.json; None: train one of model.vocab tokens
+    val_fraction: float = 0.05  # share of the documents of each text source that is held out
+    seed: int = 1234  # of the sample order
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """The machine a stage asks for, and how jobs reach it."""
+
+    gpu: str  # as the vendor names it; `cpu` for none
+    gpus_per_node: int  # ranks per node, also where gpu is `cpu`
+    gpu_memory_gb: float  # memory one rank may fill, as in the vendor's data sheet
+    gpu_tflops: float  # dense bf16 (fp16 where there is no bf16) peak, 1e12 flop/s
+    nodes: int | None = None  # how many there are; None: unknown, not checked
+    launcher: str = "slurm"  # a module of launch/
+    checkpoint_gb_per_s: float = 10.0  # aggregate write rate of the shared file system
+    usd_per_gpu_hour: float = 0.0
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """How one stage is cut over ranks: world = nodes x gpus_per_node = data x pipeline x tensor."""
+
+    nodes: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    zero: Zero = 0  # 1: optimizer, 2: + gradients, 3: + weights sharded over data (arXiv:1910.02054)
+    offload: Literal["none", "optimizer", "all"] = "none"  # to CPU memory; all: weights too
+    micro_batch: int = 1  # sequences per rank per forward pass
+    recompute: Literal["none", "selective", "full"] = "none"  # of activations, in the backward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec:
+    """AdamW (arXiv:1711.05101); the defaults are GPT-3's (Brown et al. 2020, appendix B)."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices and embeddings; not on biases and norms
+    clip: float = 1.0  # of the global gradient norm; 0: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSpec:
+    """Learning rate and batch size as functions of the tokens seen (GPT-3, appendix B)."""
+
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_tokens: float = 0
+    decay_tokens: float | None = None  # where the decay ends, warm-up included; None: with the run
+    min_lr_ratio: float = 0.1
+    ramp_from: int | None = None  # sequences in the first batches; None: no ramp
+    ramp_step: int | None = None  # the batch grows by this many sequences at a time; None: ramp_from
+    ramp_tokens: float = 0  # where the ramp reaches global_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One run: preparing data, training, evaluating. ``kind`` names the module ``jobs/<kind>.py``."""
+
+    kind: str
+    engine: str = "torch"  # a module of jobs/engines/
+    engine_config: dict[str, Any] = field(default_factory=dict)  # passed through, but for what the plan owns
+    parallel: ParallelPlan = field(default_factory=ParallelPlan)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False  # torch.compile each block
+    init_from: str | None = None  # a stage of this experiment
+    after: list[str] = field(default_factory=list)  # stages that must succeed first, besides init_from
+    global_batch: int = 1  # sequences per optimizer step, over all ranks
+    steps: int = 0  # optimizer steps; 0 only where the kind does not train
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    eval_every: int = 0  # steps between evaluations on held-out text; 0: only after the last
+    eval_samples: int = 64  # sequences in one evaluation
+    save_every: int = 500  # steps between checkpoints; one is always saved at the end
+    keep: int = 2  # newest checkpoints kept
+    seed: int = 0  # of initial weights and dropout
+    options: dict[str, Any] = field(default_factory=dict)  # the Options dataclass of jobs/<kind>.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSpec:
+    """Where MLflow is."""
+
+    uri: str | None = None  # None: a sqlite file in the runs folder
+    experiment: str | None = None  # None: the experiment's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything one YAML file says."""
+
+    name: str
+    model: ModelSpec
+    cluster: ClusterSpec
+    data: DataSpec = field(default_factory=DataSpec)
+    tracking: TrackingSpec = field(default_factory=TrackingSpec)
+    stages: dict[str, StageSpec]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an engine can run; each ``jobs/engines/<name>.py`` states its own as ``LIMITS``."""
+
+    zero: tuple[Zero, ...]
+    zero_with_pipeline: tuple[Zero, ...] = ()  # empty: no pipeline
+    tensor: bool = False
+    offload: dict[str, tuple[Zero, ...]] = field(default_factory=dict)  # offload -> ZeRO levels it works with
+    precision: tuple[str, ...] = ("fp32", "bf16")
+    owned: tuple[str, ...] = ()  # keys of engine_config, dotted, that the plan sets
