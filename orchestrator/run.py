@@ -26,7 +26,8 @@ from typing import Any, Literal, cast
 from orchestrator.errors import ConfigError, LaunchError
 from orchestrator.spec import Experiment
 
-Cause = Literal["", "done", "cancelled", "preempted", "error", "lost"]
+Cause = Literal["", "done", "cancelled", "preempted", "error"]
+State = Literal["new", "queued", "running", "done", "stopped", "failed"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -149,6 +150,22 @@ class Run:
     def save_attempt(self, attempt: Attempt) -> None:
         """Replace the file of ``attempt``. Only rank 0 of that attempt may."""
         write_json(self.folder / "attempts" / f"{attempt.name}.json", asdict(attempt))
+
+    def state(self, *, alive: bool) -> State:
+        """What the folder says of the run, given whether its launcher still knows the job.
+
+        ``done`` means that the target step was reached; ``stopped``, that it saved and left when told to.
+        """
+        attempts = self.attempts()
+        last = attempts[-1] if attempts else None
+        if last and last.cause == "done":
+            return "done"
+        if not self.submissions:
+            return "new"
+        started = last is not None and last.name.partition("r")[0] == str(self.submissions[-1].number)
+        if alive:
+            return "running" if started else "queued"
+        return "stopped" if started and last and last.cause in ("cancelled", "preempted") else "failed"
 
     def failures(self, attempt: str) -> list[dict[str, Any]]:
         """What the ranks of ``attempt`` raised, the first to fail first.
