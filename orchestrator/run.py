@@ -49,7 +49,7 @@ def write_atomic(path: Path, text: str) -> None:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -210,11 +210,9 @@ def read_metrics(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, A
 
     A line cut off by a kill is not whole, and is passed over once another follows it.
     """
-    try:
-        f = open(path, "rb")
-    except FileNotFoundError:
+    if not path.exists():
         return
-    with f:
+    with path.open("rb") as f:
         f.seek(offset)
         for raw in f:
             if not raw.endswith(b"\n"):
