@@ -1,0 +1,56 @@
+"""Learning rate and batch size as pure functions of the tokens seen. GPT-3's recipe: Brown et al. 2020, appendix B.
+
+Both sides use them: the plan to count the tokens of a run, the job to train. Nothing of a schedule is
+stored in a checkpoint but the number of tokens seen.
+"""
+
+import math
+from collections.abc import Iterator
+
+from orchestrator.spec import ScheduleSpec, StageSpec
+
+
+def batch_at(stage: StageSpec, seen: int, seq_len: int) -> int:
+    """Sequences in the step that begins after ``seen`` sequences.
+
+    The batch grows linearly in tokens from ``ramp_from`` to ``global_batch``, in whole ``ramp_step``s.
+    """
+    s = stage.schedule
+    tokens = seen * seq_len
+    if s.ramp_from is None or tokens >= s.ramp_tokens:
+        return stage.global_batch
+    step = s.ramp_step or s.ramp_from
+    grown = (stage.global_batch - s.ramp_from) * tokens / s.ramp_tokens
+    return min(stage.global_batch, s.ramp_from + int(grown // step) * step)
+
+
+def batches(stage: StageSpec, seq_len: int) -> Iterator[int]:
+    """Sequences in each step of the stage, from its first to its last."""
+    seen = 0
+    for _ in range(stage.steps):
+        size = batch_at(stage, seen, seq_len)
+        seen += size
+        yield size
+
+
+def total_tokens(stage: StageSpec, seq_len: int) -> int:
+    """Tokens the whole stage trains on."""
+    if stage.schedule.ramp_from is None:
+        return stage.steps * stage.global_batch * seq_len
+    return sum(batches(stage, seq_len)) * seq_len
+
+
+def learning_rate(stage: StageSpec, tokens: int, decay_tokens: float) -> float:
+    """Learning rate of the step that ends after ``tokens`` tokens.
+
+    Linear warm-up to ``lr`` over ``warmup_tokens``, then down to ``lr * min_lr_ratio`` at
+    ``decay_tokens``, and constant from there on.
+    """
+    s, peak = stage.schedule, stage.optimizer.lr
+    if tokens < s.warmup_tokens:
+        return peak * tokens / s.warmup_tokens
+    if s.shape == "constant":
+        return peak
+    progress = min(1.0, (tokens - s.warmup_tokens) / max(1.0, decay_tokens - s.warmup_tokens))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if s.shape == "cosine" else 1 - progress
+    return peak * (s.min_lr_ratio + (1 - s.min_lr_ratio) * left)
