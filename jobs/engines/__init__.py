@@ -36,6 +36,7 @@ class Engine(Protocol):
     """One model, its optimizer and its shards on all ranks. Every method is collective."""
 
     module: torch.nn.Module
+    portable: tuple[str, ...]  # keys of a checkpoint's layout that may differ where it is loaded
 
     def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches, with learning rate ``lr``."""

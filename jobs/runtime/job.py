@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.run import Run
+from jobs.runtime.faults import StopFlag
+from orchestrator.run import Attempt, Run
 from orchestrator.spec import Experiment, StageSpec
+
+if TYPE_CHECKING:
+    from orchestrator.track import Metrics
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +58,33 @@ class Job:
     options: Any  # the Options dataclass of the stage's module
     ranks: Ranks
     attempt: str  # the attempt's name, the same on every rank
+    record: Attempt
+    stop: StopFlag = field(default_factory=StopFlag)
+    metrics: Metrics | None = None  # of rank 0
+
+    @property
+    def rendezvous(self) -> Path:
+        """A file that no other attempt uses, on which the ranks meet."""
+        return self.run.folder / f".rendezvous-{self.attempt}"
+
+    def note(self, **changes: Any) -> None:
+        """Bring ``attempts/<attempt>.json`` up to date. Any rank may call it; rank 0 writes."""
+        for key, value in changes.items():
+            setattr(self.record, key, value)
+        if self.ranks.rank == 0:
+            self.run.save_attempt(self.record)
+
+    def report(self, step: int, values: Mapping[str, float], *, tokens: int) -> None:
+        """Log one step: a line, `metrics.jsonl`, the heartbeat. Any rank may call it; rank 0 writes."""
+        if self.metrics is None:
+            return
+        self.metrics.log(step, values, tokens=tokens)
+        self.metrics.heartbeat(
+            step=step,
+            steps=self.stage.steps,
+            tokens=tokens,
+            loss=values.get("train/loss"),
+            tokens_per_s=values.get("perf/tokens_per_s"),
+        )
+        shown = " ".join(f"{key.rpartition('/')[2]} {value:.5g}" for key, value in values.items())
+        log.info("step %d/%d %s", step, self.stage.steps, shown)

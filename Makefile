@@ -1,0 +1,55 @@
+# `make demo` and `make test` set up everything they need on a machine with Python 3.11 or newer and gcc.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_NUM_THREADS ?= 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help install demo test test-fast lint format bench browser clean
+
+help:  ## Show what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/installed  ## Create .venv with pinned packages
+
+# ColossalAI pins another torch, so it comes without its dependencies, in a second step.
+$(VENV)/installed: pyproject.toml constraints.txt constraints-colossalai.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps -r constraints-colossalai.txt
+	@touch $@
+
+demo: install  ## Prepare a real corpus, train on two local ranks, beat a bigram model
+	$(BIN)/orch submit configs/demo.yaml
+
+test: install browser  ## Every test
+	$(BIN)/python -m pytest
+
+test-fast: install  ## What takes under three minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install  ## ruff, mypy, import-linter, codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: install  ## Let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## Measure, and print tables
+	$(BIN)/python benchmarks/run.py
+
+# The dashboard test looks at the real page. Without a browser it is skipped by name.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo "no chromium: install it to run the dashboard test"
+
+clean:  ## Remove what was built; runs and data stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,110 @@
+"""``python -m jobs <run folder>``: one process per rank, started by submitit, torchrun or a debugger.
+
+Starting it again after a crash is how a run is resumed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+from jobs.runtime import faults
+from jobs.runtime.job import Job, Ranks
+from orchestrator import registry, track
+from orchestrator.run import Attempt, Run
+
+log = logging.getLogger("jobs")
+
+
+def main(folder: str) -> None:
+    """Run one rank of the stage in ``folder`` to its end.
+
+    A user's mistake and a crash both end in ``failures/`` and exit status 1.
+    """
+    stop = faults.StopFlag().install()  # before anything slow, so that no early signal is lost
+    run, ranks = Run.load(Path(folder).resolve()), Ranks.from_env()
+    attempt = faults.attempt_name(run)
+    _log_to(run.folder / "logs" / f"{attempt}-{ranks.rank}.log")
+    for name in ("attempts", "failures", "checkpoints"):
+        (run.folder / name).mkdir(exist_ok=True)
+    forwarder = None
+    record = Attempt(
+        name=attempt,
+        job_id=run.submissions[-1].job_id if run.submissions else "",
+        world=ranks.world,
+        host=socket.gethostname(),
+        started_at=time.time(),
+    )
+    metrics = track.Metrics(run, attempt) if ranks.rank == 0 else None
+    try:
+        experiment = run.spec()
+        stage = experiment.stages[run.stage]
+        module = registry.find("jobs", stage.kind)
+        job = Job(
+            run=run,
+            experiment=experiment,
+            stage=stage,
+            options=module.Options(**stage.options),
+            ranks=ranks,
+            attempt=attempt,
+            stop=stop,
+            metrics=metrics,
+            record=record,
+        )
+        job.note()
+        if ranks.rank == 0:
+            forwarder = track.start_forwarder(run)
+        log.info("%s, attempt %s, rank %d of %d", run.name, attempt, ranks.rank, ranks.world)
+        summary = module.run(job)
+        if summary:
+            job.report(1, summary, tokens=int(summary.get("prepare/train_tokens", 0)))
+        job.note(cause="done", ended_at=time.time())
+    except faults.Stopped as stopped:
+        log.info("saved and left: %s", stopped)
+        job.note(cause=stopped.cause, to_step=stopped.step, ended_at=time.time())
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the next one to look must find it
+        faults.record_failure(run, attempt, ranks.rank, error)
+        if ranks.rank == 0:
+            record.cause, record.ended_at, record.note = "error", time.time(), str(error)
+            run.save_attempt(record)
+        _finish(metrics, forwarder)
+        os._exit(1)  # collectives of the lost peers would hang an orderly exit
+    _finish(metrics, forwarder)
+    from jobs.runtime import dist
+
+    dist.close()
+    shutil.rmtree(job.rendezvous, ignore_errors=True)
+
+
+def _log_to(path: Path) -> None:
+    """Send this process's output, its libraries' and its children's, to ``path``."""
+    path.parent.mkdir(exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+
+
+def _finish(metrics: track.Metrics | None, forwarder: track.Forwarder | None) -> None:
+    """Close the metrics, and give the forwarder a moment to send the rest; `orch sync` can later."""
+    if metrics:
+        metrics.close()
+    if forwarder:
+        try:
+            forwarder.wait(timeout=60)
+        except Exception:  # noqa: BLE001 - tracking never decides how a run ends
+            log.warning("MLflow has not everything yet: `orch sync` sends the rest")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,52 @@
+"""Stage `pretrain`: next-token prediction on packed text (Radford et al. 2019; Brown et al. 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobs.data.packed import PackedDataset
+from jobs.runtime import dist, loop
+from jobs.runtime.job import Job
+from orchestrator import registry
+
+if TYPE_CHECKING:
+    import torch
+
+PER_GPU = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `stages.<name>.options` may say."""
+
+    final_eval_samples: int | None = None  # sequences in the last evaluation; None: the whole held-out split
+
+
+def run(job: Job) -> dict[str, float]:
+    """Train the experiment's model on its data."""
+    import torch
+
+    from jobs.nn.gpt import GPT, init_weights
+
+    stage, model, data = job.stage, job.experiment.model, job.experiment.data
+    train = PackedDataset.open(data, seq_len=model.seq_len, split="train", vocab=model.vocab)
+    held_out = PackedDataset.open(data, seq_len=model.seq_len, split="val", vocab=model.vocab)
+    whole = held_out.samples_per_epoch
+
+    def make() -> torch.nn.Module:
+        module = GPT(model, recompute=stage.parallel.recompute)
+        init_weights(module, stage.seed)
+        return module
+
+    dist.start(job.ranks, job.rendezvous)
+    torch.manual_seed(stage.seed * 100_003 + job.ranks.rank)  # dropout differs by rank
+    engine = registry.find("jobs.engines", stage.engine).build(make, stage, job.ranks, mean_loss)
+    final = min(job.options.final_eval_samples or whole, whole)
+    loop.train(job, engine, train, held_out, final_eval_samples=final)
+    return {}
+
+
+def mean_loss(nll_BT: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean over all tokens: every target of packed text counts."""
+    return nll_BT.mean()

@@ -1,0 +1,212 @@
+"""Checkpoint folders: write, commit, find, retire. MANIFEST.json is written last and removed first.
+
+A folder counts as a checkpoint once its manifest lists every file with size and SHA-256, as OLMo-core
+commits with a metadata file. Whatever a kill leaves behind has no manifest, and is passed over. Every
+function here but ``committed`` is collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.runtime import dist
+from jobs.runtime.job import Ranks
+from orchestrator.errors import CheckpointError
+from orchestrator.run import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{7,})")
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies below ``root``."""
+    return root / f"step-{step:07d}"
+
+
+def committed(root: Path) -> list[int]:
+    """Steps that have a manifest, newest first. Says nothing about damage."""
+    found = (NAME.fullmatch(p.name) for p in root.glob("step-*") if (p / MANIFEST).exists())
+    return sorted((int(m[1]) for m in found if m), reverse=True)
+
+
+def save(
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    write: Callable[[Path], None],
+    *,
+    ranks: Ranks,
+    expected_bytes: int,
+    may_commit: Callable[[], bool],
+) -> bool:
+    """Write and commit one checkpoint; on any rank's failure leave nothing behind and return False.
+
+    Args:
+        write: writes this rank's files into the folder it is given; collective.
+        expected_bytes: size of the whole checkpoint, compared with the free space before a byte is written.
+        may_commit: asked on rank 0, right before the commit; False where this attempt has been replaced.
+    """
+    folder = folder_of(root, step)
+    problem = _prepare(folder, expected_bytes) if ranks.rank == 0 else ""
+    if problem := str(dist.broadcast(problem)):
+        log.warning("checkpoint of step %d not saved: %s", step, problem)
+        return False
+
+    failure, files = "", {}
+    try:
+        write(folder)
+    except (OSError, RuntimeError) as e:  # torch raises RuntimeError for a full disk
+        failure = f"rank {ranks.rank}: {e}"
+    failures = [f for f in dist.gather(failure) if f]
+    if not failures:
+        try:
+            files = _hash_share(folder, ranks)
+        except OSError as e:
+            failure = f"rank {ranks.rank}: {e}"
+        gathered = dist.gather((failure, files))
+        failures = [f for f, _ in gathered if f]
+        files = {name: entry for _, share in gathered for name, entry in share.items()}
+
+    if ranks.rank == 0 and not failures:
+        try:
+            if may_commit():
+                _commit(folder, state, files)
+            else:
+                failures = ["a newer attempt of this run has taken over"]
+        except OSError as e:
+            failures = [f"rank 0: {e}"]
+    failures = dist.broadcast(failures)  # type: ignore[assignment]
+    if failures:
+        log.warning("checkpoint of step %d not saved: %s", step, "; ".join(failures))
+        if ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
+
+
+def retire(root: Path, keep: int, *, ranks: Ranks) -> None:
+    """Remove what is older than the ``keep`` newest checkpoints, and what older attempts left half-written."""
+    if ranks.rank != 0:
+        return
+    steps = committed(root)
+    keeping = {folder_of(root, s) for s in steps[:keep]}
+    for folder in root.glob("step-*"):
+        match = NAME.fullmatch(folder.name)
+        if match and folder not in keeping and steps and int(match[1]) <= steps[0]:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest(root: Path, *, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose every file is whole, with its ``state``; None where there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and every one is damaged.
+    """
+    steps: list[int] = dist.broadcast(committed(root))  # type: ignore[assignment]
+    for step in steps:
+        folder = folder_of(root, step)
+        damage = [d for d in dist.gather(_damage(folder, ranks)) if d]
+        if not damage:
+            return folder, read_json(folder / STATE)
+        log.warning("checkpoint `%s` is damaged and is passed over: %s", folder, "; ".join(damage))
+    if steps:
+        raise CheckpointError(
+            f"all {len(steps)} checkpoints in `{root}` are damaged",
+            hint="restore one from a backup, or remove the folder `checkpoints` to start from step 0",
+        )
+    return None
+
+
+def check_identity(folder: Path, saved: dict[str, Any], mine: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:
+    """Refuse a checkpoint of another model, tokenizer, data or layout.
+
+    Args:
+        saved, mine: ``identity`` of the checkpoint and of this run: nested dicts of plain values.
+        free: dotted keys that may differ.
+
+    Raises:
+        CheckpointError: names every key that differs, with both values.
+    """
+    a, b = _flat(saved), _flat(mine)
+    differ = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in free]
+    if differ:
+        lines = "; ".join(f"`{k}` is {a.get(k)!r} there and {b.get(k)!r} here" for k in differ)
+        raise CheckpointError(
+            f"checkpoint `{folder}` does not belong to this run: {lines}",
+            hint="give this run another `name`, or use the model, data and layout the checkpoint was saved with",
+        )
+
+
+def _prepare(folder: Path, expected_bytes: int) -> str:
+    """Make an empty folder; say why not where the disk is too full or refuses."""
+    try:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        free = shutil.disk_usage(folder).free
+        if free < expected_bytes:
+            folder.rmdir()
+            return f"it takes {expected_bytes / 1e9:.3f} GB and `{folder.parent}` has {free / 1e9:.3f} GB free"
+    except OSError as e:
+        return f"rank 0: {e}"
+    return ""
+
+
+def _hash_share(folder: Path, ranks: Ranks) -> dict[str, list]:
+    """Size and SHA-256 of this rank's share of the files, each seen on disk first."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())[ranks.rank :: ranks.world]
+    shares = {}
+    for path in files:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        shares[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
+    return shares
+
+
+def _commit(folder: Path, state: dict[str, Any], files: dict[str, list]) -> None:
+    write_json(folder / STATE, state)
+    files[STATE] = [(folder / STATE).stat().st_size, _sha256(folder / STATE)]
+    write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
+
+
+def _damage(folder: Path, ranks: Ranks) -> str:
+    """What is wrong with this rank's share of the files that the manifest of ``folder`` lists."""
+    try:
+        listed = read_json(folder / MANIFEST)["files"]
+        for name, (size, digest) in list(listed.items())[ranks.rank :: ranks.world]:
+            path = folder / name
+            if not path.is_file():
+                return f"`{name}` is missing"
+            if path.stat().st_size != size:
+                return f"`{name}` has {path.stat().st_size} bytes, not {size}"
+            if _sha256(path) != digest:
+                return f"`{name}` does not match its SHA-256"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"`{MANIFEST}` cannot be read: {e}"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for k, v in value.items():
+        flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return flat

@@ -1,0 +1,97 @@
+"""The process group of a job: started once, by a file of the run folder or by torchrun's address.
+
+A rendezvous through a file needs no free port and cannot meet a stranger's job; it serves one machine.
+Several machines set ``MASTER_ADDR`` and ``MASTER_PORT``. Every function here is collective.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.runtime.job import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+
+def start(ranks: Ranks, rendezvous: Path | None = None) -> torch.device:
+    """Join the process group, unless this process has; return the device of this rank.
+
+    gloo carries CPU tensors; NCCL, GPU tensors where there are GPUs. ``rendezvous`` is a file that does
+    not exist yet, the same for all ranks; without one, and without ``MASTER_ADDR``, there is one rank.
+    """
+    import torch
+    import torch.distributed as td
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if td.is_initialized():
+        return device
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        td.init_process_group(backend, rank=ranks.rank, world_size=ranks.world)
+    elif rendezvous is not None:
+        td.init_process_group(backend, f"file://{rendezvous}", rank=ranks.rank, world_size=ranks.world)
+    else:
+        assert ranks.world == 1, "several ranks need a rendezvous"
+        td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank."""
+    return total(float(flag)) > 0
+
+
+def total(value: float) -> float:
+    """Sum of ``value`` over the ranks, in fp64, on the CPU."""
+    import torch
+    import torch.distributed as td
+
+    t = torch.tensor(value, dtype=torch.float64)
+    td.all_reduce(t)
+    return t.item()
+
+
+def average(value: torch.Tensor) -> float:
+    """Mean over the ranks of a scalar on any device."""
+    import torch.distributed as td
+
+    t = value.detach().double()
+    td.all_reduce(t)
+    return t.item() / td.get_world_size()
+
+
+def broadcast(value: object) -> object:
+    """Rank 0's ``value``, on every rank. Python objects: for small things, now and then."""
+    import torch.distributed as td
+
+    box = [value]
+    td.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: object) -> list:
+    """Every rank's ``value``, by rank, on every rank."""
+    import torch.distributed as td
+
+    box: list = [None] * td.get_world_size()
+    td.all_gather_object(box, value)
+    return box
+
+
+def barrier() -> None:
+    """Wait for every rank; on the CPU, so that no GPU work is waited for."""
+    total(0.0)
+
+
+def close() -> None:
+    """Leave the process group."""
+    import torch.distributed as td
+
+    if td.is_initialized():
+        td.destroy_process_group()

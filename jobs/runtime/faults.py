@@ -1,0 +1,75 @@
+"""Being told to stop, and failing: signals become a flag, exceptions become a file.
+
+A signal handler only sets the flag (as in facebookresearch/lingua); the loop asks for it at the end of a
+step, where all ranks agree to save and leave together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+import traceback
+from types import FrameType
+
+from orchestrator.errors import OrchError
+from orchestrator.run import Cause, Run, write_json
+
+log = logging.getLogger(__name__)
+
+# What a signal says about the end: the user cancels, or the scheduler takes the node back.
+CAUSES: dict[int, Cause] = {
+    signal.SIGTERM: "cancelled",
+    signal.SIGINT: "cancelled",
+    signal.SIGUSR1: "preempted",
+    signal.SIGUSR2: "preempted",
+}
+
+
+class Stopped(Exception):
+    """The run saved and leaves before its last step, because it was told to."""
+
+    def __init__(self, cause: Cause, step: int) -> None:
+        super().__init__(f"{cause} at step {step}")
+        self.cause = cause
+        self.step = step
+
+
+class StopFlag:
+    """Set by the first signal that asks this process to stop."""
+
+    def __init__(self) -> None:
+        self.cause: Cause = ""
+
+    def install(self) -> StopFlag:
+        """Take the place of every handler there is, submitit's too: it would requeue at once, alone."""
+        for number in CAUSES:
+            signal.signal(number, self._set)
+        return self
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.cause = self.cause or CAUSES[number]
+
+
+def attempt_name(run: Run) -> str:
+    """Name of this start of ``run``: the submission's number, with ``r<n>`` for the n-th requeue."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    number = run.submissions[-1].number if run.submissions else 1
+    return f"{number}r{restarts}" if restarts else str(number)
+
+
+def record_failure(run: Run, attempt: str, rank: int, error: BaseException) -> None:
+    """Leave what this rank raised in ``failures/``, for `orch status` to find the first of."""
+    log.error("rank %d failed", rank, exc_info=error)
+    write_json(
+        run.folder / "failures" / f"{attempt}-{rank}.json",
+        {
+            "rank": rank,
+            "time": time.time(),
+            "type": type(error).__name__,
+            "message": str(error),
+            "hint": error.hint if isinstance(error, OrchError) else "",
+            "traceback": "".join(traceback.format_exception(error)),
+        },
+    )

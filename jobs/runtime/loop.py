@@ -1,0 +1,246 @@
+"""The training loop: read a batch, take a step, say so, save when due, leave when told to.
+
+What a run is made of is (weights, optimizer, RNG, position); the position is three numbers. So a run that
+was killed goes on bit for bit from its newest checkpoint, whatever has happened to the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jobs.runtime import checkpoint, dist
+from jobs.runtime.faults import Stopped
+from jobs.runtime.job import Job
+from orchestrator.errors import CheckpointError, TrainingError
+from orchestrator.run import Run
+from orchestrator.schedule import batch_at, learning_rate, total_tokens
+
+if TYPE_CHECKING:
+    from jobs.engines import Batch, Engine
+
+log = logging.getLogger(__name__)
+
+
+class Samples(Protocol):
+    """A data set whose order is a pure function of the global sample index."""
+
+    fingerprint: str
+    tokenizer_sha256: str
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Global samples ``first`` to ``first + count``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands. Samples are global: over all ranks."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+def train(job: Job, engine: Engine, data: Samples, held_out: Samples | None, *, final_eval_samples: int) -> None:
+    """Train ``job.stage`` from its newest checkpoint, or from its first step, to its last. Collective.
+
+    Raises:
+        Stopped: a signal asked for it; everything is saved.
+        TrainingError: the loss or the gradients are not finite.
+        CheckpointError: the checkpoint found belongs to another model, tokenizer, data or layout.
+    """
+    stage, seq_len = job.stage, job.experiment.model.seq_len
+    all_tokens = total_tokens(stage, seq_len)
+    decay_tokens = stage.schedule.decay_tokens or all_tokens
+    at = _resume(job, engine, data)
+    job.note(from_step=at.step, to_step=at.step, checkpoint_step=at.step)
+    saved, stall_s = at.step, 0.0
+    while at.step < stage.steps:
+        started = time.perf_counter()
+        size = batch_at(stage, at.samples, seq_len)
+        batches = _share(job, data, at.samples, size)
+        data_wait_s = time.perf_counter() - started
+        after = Position(step=at.step + 1, samples=at.samples + size, tokens=at.tokens + size * seq_len)
+        lr = learning_rate(stage, after.tokens, decay_tokens)
+        result = engine.train_step(batches, lr=lr)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise TrainingError(
+                f"step {after.step}: loss {result.loss}, gradient norm {result.grad_norm}",
+                hint=f"the last checkpoint is step {saved}; lower `optimizer.lr`, lengthen the warm-up, or look at "
+                f"samples {at.samples} to {after.samples}",
+            )
+        at = after
+        step_s = time.perf_counter() - started
+        values = {
+            "train/loss": result.loss,
+            "train/lr": lr,
+            "train/grad_norm": result.grad_norm,
+            **_performance(job, step_s, size * seq_len),
+            "perf/data_wait_s": data_wait_s,
+            "perf/checkpoint_stall_s": stall_s,
+        }
+        last = at.step == stage.steps
+        if held_out and (last or (stage.eval_every and at.step % stage.eval_every == 0)):
+            samples = final_eval_samples if last else stage.eval_samples
+            values["val/loss"] = evaluate(job, engine, held_out, samples)
+        job.report(at.step, values, tokens=at.tokens)
+        stall_s = 0.0
+        stopping = dist.any_rank(bool(job.stop.cause))
+        if last or stopping or at.step % stage.save_every == 0:
+            before = time.perf_counter()
+            if _save(job, engine, data, at):
+                saved = at.step
+                job.note(to_step=at.step, checkpoint_step=saved)
+            stall_s = time.perf_counter() - before
+        if stopping and not last:
+            raise Stopped(str(dist.broadcast(job.stop.cause)) or "cancelled", at.step)  # type: ignore[arg-type]
+    job.note(to_step=at.step)
+    if saved < at.step:
+        raise TrainingError(
+            f"the last step, {at.step}, could not be saved; the newest checkpoint is step {saved}",
+            hint=f"make room in `{job.run.checkpoints}`, then `orch resume {job.run.name}`",
+        )
+
+
+def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:
+    """Mean negative log-likelihood over the first ``samples`` of ``data``, in nats per token. Collective.
+
+    Each rank takes its turn; every rank runs as many forward passes as any other.
+    """
+    ranks, micro = job.ranks, job.stage.parallel.micro_batch
+    summed, tokens = 0.0, 0
+    for turn in range(-(-samples // (ranks.world * micro))):
+        first = (turn * ranks.world + ranks.rank) * micro
+        count = min(max(samples - first, 0), micro)
+        nll = engine.forward(data.batch(first if count else 0, count or 1))[:count]
+        summed += nll.double().sum().item()
+        tokens += nll.numel()
+    return dist.total(summed) / dist.total(tokens)
+
+
+def _share(job: Job, data: Samples, first: int, size: int) -> list[Batch]:
+    """This rank's micro-batches of the global samples ``first`` to ``first + size``."""
+    ranks, micro = job.ranks, job.stage.parallel.micro_batch
+    turns = size // (ranks.world * micro)
+    return [data.batch(first + (turn * ranks.world + ranks.rank) * micro, micro) for turn in range(turns)]
+
+
+def _performance(job: Job, step_s: float, tokens: int) -> dict[str, float]:
+    """Speed of one step. MFU counts model flops only (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+    import torch
+
+    cluster, world = job.experiment.cluster, job.ranks.world
+    flops = job.experiment.model.flops_per_token * tokens
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "perf/tokens_per_s": tokens / step_s,
+        "perf/step_s": step_s,
+        "perf/mfu": flops / (step_s * world * cluster.gpu_tflops * 1e12),
+        "perf/peak_memory_gb": peak / 1e9,
+    }
+
+
+def identity(job: Job, engine: Engine, data: Samples) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that loads it."""
+    stage, p = job.stage, job.stage.parallel
+    model = asdict(job.experiment.model)
+    del model["dropout"]
+    return {
+        "model": model,
+        "tokenizer": data.tokenizer_sha256,
+        "data": data.fingerprint,
+        "layout": {
+            "engine": stage.engine,
+            "precision": stage.precision,
+            "world": job.ranks.world,
+            "parallel": {"zero": p.zero, "tensor": p.tensor, "pipeline": p.pipeline, "offload": p.offload},
+        },
+    }
+
+
+def _resume(job: Job, engine: Engine, data: Samples) -> Position:
+    """Load the newest whole checkpoint; without one, the weights of ``init_from``, or nothing."""
+    found = checkpoint.newest(job.run.checkpoints, ranks=job.ranks)
+    if found is None:
+        if job.stage.init_from:
+            _start_from(job, engine, data, job.stage.init_from)
+        return Position()
+    folder, state = found
+    free = tuple(f"layout.{key}" for key in engine.portable)
+    checkpoint.check_identity(folder, state["identity"], identity(job, engine, data), free=free)
+    engine.load(folder)
+    _load_rng(folder, job)
+    at = Position(**state["position"])
+    log.info("resumed `%s` at step %d, %d tokens", folder, at.step, at.tokens)
+    return at
+
+
+def _start_from(job: Job, engine: Engine, data: Samples, stage: str) -> None:
+    """Load the weights another stage of this experiment ended with."""
+    other = job.run.root / job.run.experiment / stage / "checkpoints"
+    found = checkpoint.newest(other, ranks=job.ranks)
+    if found is None:
+        raise CheckpointError(f"`init_from: {stage}`: no checkpoint in `{other}`", hint=f"run stage `{stage}` first")
+    folder, state = found
+    free = ("data", *(f"layout.{key}" for key in engine.portable))
+    checkpoint.check_identity(folder, state["identity"], identity(job, engine, data), free=free)
+    engine.load(folder, weights_only=True)
+    log.info("weights of `%s`", folder)
+
+
+def _save(job: Job, engine: Engine, data: Samples, at: Position) -> bool:
+    """Write and commit a checkpoint, then retire old ones; on failure training goes on without."""
+
+    def write(folder: Path) -> None:
+        engine.save(folder)
+        _save_rng(folder, job)
+
+    def is_current() -> bool:
+        submissions = Run.load(job.run.folder).submissions
+        return not submissions or str(submissions[-1].number) == job.attempt.partition("r")[0]
+
+    model, bf16_zero = job.experiment.model, job.stage.engine != "torch" and job.stage.precision == "bf16"
+    done = checkpoint.save(
+        job.run.checkpoints,
+        at.step,
+        {"identity": identity(job, engine, data), "position": asdict(at), "attempt": job.attempt, "time": time.time()},
+        write,
+        ranks=job.ranks,
+        # fp32 weights and AdamW's two moments, and bf16 weights beside fp32 masters (arXiv:1910.02054, section 3.1)
+        expected_bytes=int(model.params * (14 if bf16_zero else 12) * 1.02) + 1_000_000,
+        may_commit=is_current,
+    )
+    if done:
+        checkpoint.retire(job.run.checkpoints, job.stage.keep, ranks=job.ranks)
+    return done
+
+
+def _save_rng(folder: Path, job: Job) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, folder / f"rng-{job.ranks.rank:05d}.safetensors")
+
+
+def _load_rng(folder: Path, job: Job) -> None:
+    """Go on with the random numbers of this rank; a rank that is new keeps those of its seed."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = folder / f"rng-{job.ranks.rank:05d}.safetensors"
+    if not path.exists():
+        return
+    states = load_file(path)
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
