@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jobs.data.packed import PackedDataset
-from jobs.runtime import dist, loop
 from jobs.runtime.job import Job
 from orchestrator import registry
 
@@ -27,7 +25,9 @@ def run(job: Job) -> dict[str, float]:
     """Train the experiment's model on its data."""
     import torch
 
+    from jobs.data.packed import PackedDataset
     from jobs.nn.gpt import GPT, init_weights
+    from jobs.runtime import dist, loop
 
     stage, model, data = job.stage, job.experiment.model, job.experiment.data
     train = PackedDataset.open(data, seq_len=model.seq_len, split="train", vocab=model.vocab)

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ranks_preload"])
+_context.set_forkserver_preload(["torch", "deepspeed"])
 
 
 def run_ranks(fn, world, *args, timeout_s=240):

@@ -1,0 +1,252 @@
+"""Every engine and layout against single-process PyTorch: the same losses, and a bitwise resume.
+
+All cases of a world size share one process group. The reference is a plain loop over whole batches.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from jobs.engines import deepspeed as deepspeed_engine
+from jobs.engines import torch as torch_engine
+from jobs.nn.gpt import GPT, decay_groups, init_weights
+from jobs.pretrain import mean_loss
+from jobs.runtime import dist
+from orchestrator.errors import CheckpointError
+from orchestrator.spec import ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
+
+MODEL = ModelSpec(layers=2, hidden=32, heads=4, vocab=97, seq_len=16)
+BATCH, STEPS, LR = 8, 6, 3e-3
+TORCH = {"ddp": ("torch", 0), "zero2": ("torch", 2), "fsdp2": ("torch", 3)}
+DEEPSPEED = {f"ds{z}": ("deepspeed", z) for z in range(4)}
+ENGINES = {"torch": torch_engine, "deepspeed": deepspeed_engine}
+
+
+def _stage(engine, zero, **changes):
+    parallel = ParallelPlan(zero=zero, micro_batch=2, offload=changes.pop("offload", "none"))
+    optimizer = OptimizerSpec(lr=LR, clip=0.5)  # small enough that it clips in these steps
+    base = StageSpec(kind="pretrain", engine=engine, parallel=parallel, precision="fp32", optimizer=optimizer)
+    return replace(base, global_batch=BATCH, steps=STEPS, **changes)
+
+
+def _batch(step, first, count, model=MODEL):
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randint(0, model.vocab, (BATCH, model.seq_len + 1), generator=generator)[first : first + count]
+    return {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
+
+
+def _make(model=MODEL):
+    module = GPT(model)
+    init_weights(module, 0)
+    return module
+
+
+def _build(stage, ranks, model=MODEL):
+    return ENGINES[stage.engine].build(lambda: _make(model), stage, ranks, mean_loss)
+
+
+def _train(engine, ranks, steps, model=MODEL):
+    micro = 2
+    turns = BATCH // (micro * ranks.world)
+    seen = []
+    for step in steps:
+        batches = [_batch(step, (t * ranks.world + ranks.rank) * micro, micro, model) for t in range(turns)]
+        result = engine.train_step(batches, lr=LR)
+        seen.append((result.loss, result.grad_norm))
+    return seen
+
+
+def _reference(model=MODEL):
+    module = _make(model)
+    optimizer = torch.optim.AdamW(decay_groups(module, 0.1), lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    seen = []
+    for step in range(STEPS):
+        batch = _batch(step, 0, BATCH, model)
+        loss = module(batch["tokens"], batch["targets"]).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append((loss.item(), norm.item()))
+    return seen
+
+
+def _close(ranks, engine):
+    """Free what an engine holds on to, so that the next case starts clean."""
+    if hasattr(engine, "engine"):
+        engine.engine.destroy()
+    dist.barrier()
+
+
+def _parity(ranks, cases):
+    seen = {}
+    for name, (stage, model) in cases.items():
+        engine = _build(stage, ranks, model)
+        losses = _train(engine, ranks, range(STEPS), model)
+        nll = engine.forward(_batch(99, 0, 2, model))
+        with engine.gathered() as whole:
+            weights = {k: v.detach().clone() for k, v in whole.named_parameters()}
+        elements = sum(w.numel() for w in weights.values())
+        seen[name] = (losses, nll.float().mean().item(), elements)
+        _close(ranks, engine)
+    return seen
+
+
+def _check(seen, reference, tolerance):
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(seen, reference, strict=True):
+        assert loss == pytest.approx(wanted_loss, abs=tolerance)
+        assert norm == pytest.approx(wanted_norm, rel=10 * tolerance)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    losses = _reference()
+    assert max(norm for _, norm in losses) > 0.5, "nothing would be clipped"
+    return losses
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_fp32_equals_plain_pytorch(world, reference):
+    cases = {name: (_stage(*case), MODEL) for name, case in (TORCH | DEEPSPEED).items()}
+    cases["ds2-offload"] = (_stage("deepspeed", 2, offload="optimizer"), MODEL)
+    cases["ds3-offload"] = (_stage("deepspeed", 3, offload="all"), MODEL)
+    results = run_ranks(_parity, world, cases)
+    assert all(r == results[0] for r in results), "the ranks disagree about what they report"
+    forwards = [forward for _, forward, _ in results[0].values()]
+    for losses, forward, elements in results[0].values():
+        _check(losses, reference, 1e-5)
+        assert forward == pytest.approx(forwards[0], abs=1e-5)
+        assert elements == MODEL.params
+
+
+def test_bf16_stays_near_fp32(reference):
+    cases = {name: (_stage(*case, precision="bf16"), MODEL) for name, case in (TORCH | DEEPSPEED).items()}
+    for losses, _, _ in run_ranks(_parity, 2, cases)[0].values():
+        for (loss, _), (wanted, _) in zip(losses, reference, strict=True):
+            assert loss == pytest.approx(wanted, abs=2e-2)
+        assert losses != reference, "this was fp32"
+
+
+def _ramp(ranks):
+    """A batch that grows: 4 sequences, then 8; losses must be those of the same batches at once."""
+    seen = {}
+    for name, case in {"ddp": ("torch", 0), "ds2": ("deepspeed", 2)}.items():
+        engine = _build(_stage(*case), ranks)
+        losses = []
+        for step, size in enumerate([4, 4, 8, 8]):
+            turns = size // (2 * ranks.world)
+            batches = [_batch(step, (t * ranks.world + ranks.rank) * 2, 2) for t in range(turns)]
+            losses.append(engine.train_step(batches, lr=LR).loss)
+        seen[name] = losses
+        _close(ranks, engine)
+    return seen
+
+
+def test_a_growing_batch():
+    module = _make()
+    optimizer = torch.optim.AdamW(decay_groups(module, 0.1), lr=LR, betas=(0.9, 0.95))
+    wanted = []
+    for step, size in enumerate([4, 4, 8, 8]):
+        batch = _batch(step, 0, size)
+        loss = module(batch["tokens"], batch["targets"]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append(loss.item())
+    for losses in run_ranks(_ramp, 2)[0].values():
+        assert losses == pytest.approx(wanted, abs=1e-5)
+
+
+DROPOUT = replace(MODEL, dropout=0.1)
+
+
+def _resume(ranks, root, cases):
+    """Unbroken losses, and those after a save at half way into an engine that was built with other weights."""
+    from jobs.runtime.loop import _load_rng, _save_rng
+
+    seen = {}
+    for name, stage in cases.items():
+        folder = root / name
+        folder.mkdir(exist_ok=True)
+        dist.barrier()
+        job = type("Job", (), {"ranks": ranks})
+        torch.manual_seed(ranks.rank)
+        engine = _build(stage, ranks, DROPOUT)
+        _train(engine, ranks, range(3), DROPOUT)
+        engine.save(folder)
+        _save_rng(folder, job)
+        unbroken = _train(engine, ranks, range(3, 6), DROPOUT)
+        _close(ranks, engine)
+
+        torch.manual_seed(77 + ranks.rank)
+        engine = _build(replace(stage, seed=7), ranks, DROPOUT)
+        _train(engine, ranks, range(9, 10), DROPOUT)
+        engine.load(folder)
+        _load_rng(folder, job)
+        seen[name] = (unbroken, _train(engine, ranks, range(3, 6), DROPOUT))
+        _close(ranks, engine)
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bitwise(tmp_path, precision):
+    cases = {name: _stage(*case, precision=precision) for name, case in (TORCH | DEEPSPEED).items()}
+    for unbroken, resumed in run_ranks(_resume, 2, tmp_path, cases)[0].values():
+        assert resumed == unbroken
+
+
+def _save_only(ranks, folder, stage):
+    engine = _build(stage, ranks)
+    _train(engine, ranks, range(3))
+    engine.save(folder)
+    dist.barrier()
+    return _train(engine, ranks, range(3, 6))
+
+
+def _load_only(ranks, folder, stage):
+    engine = _build(stage, ranks)
+    engine.load(folder)
+    return _train(engine, ranks, range(3, 6))
+
+
+def test_torch_checkpoints_fit_any_layout(tmp_path):
+    """One rank, whole -> two ranks, sliced -> one rank, whole."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    unbroken = run_ranks(_save_only, 1, tmp_path / "one", _stage("torch", 0))[0]
+    sliced = run_ranks(_load_only, 2, tmp_path / "one", _stage("torch", 3))[0]
+    run_ranks(_save_only, 2, tmp_path / "two", _stage("torch", 3))
+    whole = run_ranks(_load_only, 1, tmp_path / "two", _stage("torch", 0))[0]
+    _check(sliced, unbroken, 1e-5)
+    _check(whole, unbroken, 1e-5)
+
+
+def _poisoned(ranks, folder):
+    engine = _build(_stage("deepspeed", 1), ranks)
+    engine.save(folder)
+    for path in folder.rglob("*.pt"):
+        torch.save({"module": _Evil(str(folder / "ran"))}, path)
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        engine.load(folder)
+    return (folder / "ran").exists()
+
+
+class _Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
+    assert run_ranks(_poisoned, 1, tmp_path) == [False]
+
+
+def test_a_missing_slice_is_refused(tmp_path):
+    (tmp_path / "torch-00000-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        torch_engine.TorchEngine.load(object.__new__(torch_engine.TorchEngine), tmp_path)
