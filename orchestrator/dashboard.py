@@ -1,0 +1,212 @@
+"""What a person looks at: the saved chart view, the server behind `orch ui`, its addresses, the loss curve.
+
+MLflow opens an experiment on a page without curves. The curves of all its runs stand on the chart page of
+"compare runs", and which charts it draws is a *shared view*: JSON of the page's own state in a tag of the
+experiment, selected by a key in the address. That JSON is internal to MLflow and was read off version 3.17.2;
+the browser test in tests/orchestrator/test_dashboard.py says when it no longer holds.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import TrackingError
+from orchestrator.run import Run, list_runs, read_json
+from orchestrator.store import mask, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+VIEW = "orch"  # key of the shared view
+CHARTS = ("train/loss", "val/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/mfu")
+START_S = 90.0  # measured: 10 s on two idle cores; more on busy ones
+# The defaults of `mlflow server` are 10 processes and 2.1 GB; so it is 2 and 0.48 GB (measured, 3.17.2).
+SMALL = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def save_view(client: "MlflowClient", experiment_id: str) -> None:
+    """Tell the page of this experiment to draw ``CHARTS``, over the global step, for all its runs."""
+    section = {"uuid": "s0", "name": "Stages", "display": True, "isReordered": True, "columns": 2, "cardHeight": 360}
+    view = {
+        "searchFilter": "",
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "compareRunCharts": [_line_chart(f"c{i}", metric) for i, metric in enumerate(CHARTS)],
+        "compareRunSections": [section],
+        "isAccordionReordered": True,
+        "runListHidden": True,
+        "viewMaximized": True,
+        "hideEmptyCharts": True,
+        "runsHiddenMode": "FIRST_20_RUNS",
+        "groupBy": None,
+    }
+    text = json.dumps(view, separators=(",", ":"))
+    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", text)
+
+
+def _line_chart(uuid: str, metric: str) -> dict[str, Any]:
+    return {
+        "type": "LINE",
+        "uuid": uuid,
+        "deleted": False,
+        "isGenerated": False,
+        "metricSectionId": "s0",
+        "metricKey": metric,
+        "selectedMetricKeys": [metric],
+        "xAxisKey": "step",
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+        "lineSmoothness": 0,
+        "selectedXAxisMetricKey": "",
+        "useGlobalLineChartConfig": True,
+        "useGlobalXaxisKey": True,
+        "runsCountToCompare": 10,
+    }
+
+
+def address(base: str, experiment_id: str) -> str:
+    """The page that shows the curves of an experiment at once, on the server ``base``."""
+    query = f"compareRunsMode=CHART&workflowType=machine_learning&viewStateShareKey={VIEW}"
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
+
+
+def dashboard_url(run: Run, base: str) -> str | None:
+    """The page with the curves of this run's chain; None while MLflow has not heard of the run."""
+    experiment_id = read_json(run.folder / "tracking.json", {}).get("experiment_id")
+    return address(base, experiment_id) if experiment_id else None
+
+
+def addresses(root: Path, uri: str | None, base: str) -> list[tuple[str, str]]:
+    """(experiment, page) of everything below ``root`` that is tracked at ``uri``, the newest submission first."""
+    newest: dict[tuple[str, str], float] = {}
+    for run in list_runs(root):
+        sent = read_json(run.folder / "tracking.json", {})
+        if sent.get("uri") == mask(tracking_uri(root, uri)):
+            key = (run.experiment, address(base, sent["experiment_id"]))
+            submitted_at = max((s.submitted_at for s in run.submissions), default=0.0)
+            newest[key] = max(newest.get(key, 0.0), submitted_at)
+    return sorted(newest, key=lambda key: newest[key], reverse=True)
+
+
+@contextmanager
+def serve(root: Path, uri: str | None = None, port: int = 5000) -> Iterator[str]:
+    """Yield the address of a dashboard of ``uri``; one that is a server already needs no other.
+
+    Otherwise `mlflow server` runs on 127.0.0.1 as long as the context lasts, at ``port``, or at a free one
+    where that is taken; what it prints goes to ``mlflow-server.log`` in ``root``.
+
+    Raises:
+        TrackingError: the server did not come up.
+    """
+    store = tracking_uri(root, uri)
+    if store.startswith(("http://", "https://")):
+        yield mask(store).replace("***@", "")
+        return
+    port = _free_port(port)
+    base = f"http://127.0.0.1:{port}"
+    root.mkdir(parents=True, exist_ok=True)
+    log = root / "mlflow-server.log"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--default-artifact-root", (root.resolve() / "mlartifacts").as_uri()]
+    # The store goes by the environment: a password in it would show in `ps`.
+    environment = os.environ | SMALL | {"MLFLOW_BACKEND_STORE_URI": store}
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+    try:
+        _wait(server, base, log)
+        yield base
+    finally:
+        _end(server)
+
+
+def _free_port(wanted: int) -> int:
+    for port in (wanted, 0):
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(s.getsockname()[1])
+    raise TrackingError("no free port on 127.0.0.1", hint="end a server that is no longer needed")
+
+
+def _wait(server: subprocess.Popen[bytes], base: str, log: Path) -> None:
+    import urllib.request
+
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{base}/health", timeout=2):  # noqa: S310  (http, on this machine)
+                return
+        except OSError:
+            time.sleep(0.2)
+    how = f"did not answer within {START_S:g} s" if server.poll() is None else f"ended with status {server.poll()}"
+    raise TrackingError(f"`mlflow server` {how}", hint=f"its last words are in `{log}`")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its worker."""
+    import psutil
+
+    family = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+    server.terminate()
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    for process in psutil.wait_procs(family, timeout=5)[1]:
+        process.kill()
+
+
+def draw_loss(run: Run) -> Path | None:
+    """Draw ``loss-curve.png`` into the run folder: losses over tokens, and what n-grams reach on the same data.
+
+    Left alone where it is newer than the metrics; None where there is no loss to draw.
+    """
+    path, metrics = run.folder / "loss-curve.png", run.folder / "metrics.jsonl"
+    if path.exists() and metrics.exists() and path.stat().st_mtime_ns >= metrics.stat().st_mtime_ns:
+        return path
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = run.metrics().values()
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    drawn = 0
+    for key, style in (("train/loss", {"lw": 1}), ("val/loss", {"marker": "o", "ms": 4})):
+        points = [(line["tokens"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=key, **style)
+            drawn += len(points)
+    if not drawn:
+        return None
+    for i, (name, loss) in enumerate(sorted(dataset(run).get("baselines", {}).items())):
+        axes.axhline(loss, ls="--", lw=1, color=f"C{i + 2}", label=f"{name} {loss:.2f}")
+    axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title=run.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    FigureCanvasAgg(figure).print_png(temporary)
+    temporary.replace(path)
+    return path
+
+
+def dataset(run: Run) -> dict[str, Any]:
+    """What `prepare` says of the data this run reads; empty before it ran."""
+    found: dict[str, Any] = read_json(Path(run.spec().data.folder) / "dataset.json", {})
+    return found

@@ -1,0 +1,335 @@
+"""What a run says of itself: a line of ``metrics.jsonl`` per step first, MLflow after.
+
+The trainer only appends lines. A forwarder, a process of its own, reads them and sends them to MLflow, so
+that neither its import (9 s, 163 MB, measured) nor its outages (a default client call blocks 247 s, measured)
+reach the trainer. ``tracking.json`` says how far it got. Every point is sent exactly once:
+
+- a step at or below the highest one sent is passed over, because an attempt that resumed from a checkpoint
+  repeats steps, with the same loss and other timings;
+- points that were sent but not yet noted when a forwarder died are sent again, made of the same line, and
+  MLflow keeps equal points once.
+
+The submitter, the forwarder and `orch sync` share this code, and take turns under the run's lock `tracking`.
+"""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import dashboard
+from orchestrator.enroll import enroll, log_dataset
+from orchestrator.errors import LaunchError, TrackingError
+from orchestrator.run import Run, State, read_metrics, write_json
+from orchestrator.store import MAX_METRICS, Sent, connect, mask, tracking_uri
+from orchestrator.system import Sampler
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+Forwarder = subprocess.Popen[bytes]
+
+HEARTBEAT_S = 1.0
+SYSTEM_S = 10.0
+POLL_S = 1.0  # how often the forwarder looks for new lines
+PATIENCE_S = 60.0  # the longest pause between two attempts to reach MLflow
+FAREWELL_S = 15.0  # how long a forwarder tries after the end of its job
+LOCK_S = 90.0  # more than one slow call to MLflow takes
+BATCH_LINES = 60
+HEAD = ("step", "time", "attempt", "tokens")  # of a line; the rest are metrics
+STATUS: dict[State, str] = {
+    "new": "SCHEDULED",
+    "queued": "SCHEDULED",
+    "running": "RUNNING",
+    "done": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+}
+
+
+class Metrics:
+    """Rank 0's record of one attempt. A step costs one `write`; nothing waits for MLflow, a GPU or a slow disk."""
+
+    def __init__(self, run: Run, attempt: str) -> None:
+        self._folder, self._attempt = run.folder, attempt
+        self._file = (run.folder / "metrics.jsonl").open("a+b", buffering=0)
+        end = self._file.seek(0, os.SEEK_END)
+        self._cut = end > 0 and os.pread(self._file.fileno(), 1, end - 1) != b"\n"  # a kill in mid-line
+        self._system: dict[str, float] = {}
+        self._beat: dict[str, Any] = {}
+        self._beat_written = self._beat
+        self._stop = threading.Event()
+        self._sampler = Sampler(run.folder)
+        self._threads = [self._repeat(self._write_beat, HEARTBEAT_S), self._repeat(self._sample, SYSTEM_S)]
+
+    def log(self, step: int, values: Mapping[str, float], *, tokens: int) -> None:
+        """Append one line. ``tokens`` counts all that were trained on up to this step.
+
+        Infinite and undefined values are written as Python's json does: ``NaN``, ``Infinity``. On a full
+        disk the line is lost, with a warning, and training goes on.
+        """
+        system, self._system = self._system, {}
+        head = {"step": step, "time": round(time.time(), 3), "attempt": self._attempt, "tokens": tokens}
+        line = head | {name: float(value) for name, value in values.items()} | system
+        data = b"\n" * self._cut + json.dumps(line).encode() + b"\n"
+        try:
+            self._cut = self._file.write(data) < len(data)
+        except OSError as e:
+            log.warning("step %d is missing in metrics.jsonl: %s", step, e)
+
+    def heartbeat(
+        self, *, step: int, steps: int, tokens: int, loss: float | None = None, tokens_per_s: float | None = None
+    ) -> None:
+        """Say that the job is alive; ``heartbeat.json`` follows within a second."""
+        self._beat = {
+            "attempt": self._attempt,
+            "step": step,
+            "steps": steps,
+            "tokens": tokens,
+            "loss": loss,
+            "tokens_per_s": tokens_per_s,
+            "time": time.time(),
+        }
+
+    def close(self) -> None:
+        """Write the last heartbeat and close the file."""
+        self._stop.set()
+        self._threads[0].join(timeout=5)
+        if not self._threads[0].is_alive():  # else the disk hangs
+            with suppress(OSError):
+                self._write_beat()
+        self._file.close()
+
+    def _write_beat(self) -> None:
+        beat = self._beat
+        if beat is not self._beat_written:
+            write_json(self._folder / "heartbeat.json", beat)
+            self._beat_written = beat
+
+    def _sample(self) -> None:
+        self._system = self._sampler()
+
+    def _repeat(self, task: Callable[[], None], period_s: float) -> threading.Thread:
+        """Do ``task`` after a second, then every ``period_s``, beside the training."""
+
+        def work() -> None:
+            wait_s = HEARTBEAT_S
+            while not self._stop.wait(wait_s):
+                try:
+                    task()
+                except OSError as e:
+                    log.warning("%s: %s", task.__name__.strip("_"), e)
+                wait_s = period_s
+
+        thread = threading.Thread(target=work, name=task.__name__, daemon=True)
+        thread.start()
+        return thread
+
+
+def start_forwarder(run: Run) -> Forwarder:
+    """Start the process that sends this run's lines while the caller lives, and the rest after it.
+
+    It leaves by itself: soon after the caller's attempt has ended or the caller died.
+    """
+    logs = run.folder / "logs"
+    logs.mkdir(exist_ok=True)
+    code = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "orchestrator.track", str(run.folder), str(os.getpid()), str(time.time())]
+    with (logs / "forwarder.log").open("ab") as out:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def open_runs(runs: Sequence[Run], uri: str | None) -> list[str]:
+    """Create the MLflow runs of a chain, or find them: one id per run, for life. Returns the ids.
+
+    The run folders must hold their ``spec.yaml``. Whatever fails here is made up for by the forwarder.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    target = tracking_uri(runs[0].root, uri)
+    with connect(target) as client:
+        for run in runs:
+            with run.lock("tracking", wait_s=LOCK_S):
+                enroll(client, run, target)
+        for run in runs:
+            _send_files(client, run)
+    return [Sent.load(run).run_id for run in runs]
+
+
+def sync(run: Run) -> int:
+    """Send what MLflow has not seen yet. Returns the number of lines sent.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses.
+    """
+    attempts = run.attempts()
+    return _bring_up_to_date(run, alive=False if attempts and attempts[-1].ended_at else None)
+
+
+def reconcile(run: Run, alive: bool) -> None:
+    """Give the MLflow run the status that the folder says; ``alive`` as in ``Run.state``.
+
+    Costs nothing where it has it already. Raises TrackingError where MLflow cannot be reached.
+    """
+    sent = Sent.load(run)
+    if sent.run_id and sent.status != STATUS[run.state(alive=alive)]:
+        with connect(tracking_uri(run.root, run.spec().tracking.uri)) as client:
+            _set_status(client, run, alive=alive)
+
+
+def _bring_up_to_date(run: Run, *, alive: bool | None) -> int:
+    """Send lines, status and files; return the number of lines. ``alive`` None: the status is not ours to say."""
+    uri = tracking_uri(run.root, run.spec().tracking.uri)
+    with connect(uri) as client:
+        lines = _send_new(client, run, uri)
+        if alive is not None:
+            _set_status(client, run, alive=alive)
+    if alive:
+        return lines
+    dashboard.draw_loss(run)
+    with connect(uri) as client:
+        _send_files(client, run)
+    return lines
+
+
+def _send_new(client: "MlflowClient", run: Run, uri: str) -> int:
+    """Send all whole lines that were not sent, in batches; return how many. Enrolls the run first, if need be."""
+    total = 0
+    while True:
+        with run.lock("tracking", wait_s=LOCK_S):
+            sent = enroll(client, run, uri)
+            lines = list(islice(read_metrics(run.folder / "metrics.jsonl", sent.offset), BATCH_LINES))
+            if not lines:
+                return total
+            new: list[dict[str, Any]] = []
+            for offset, line in lines:
+                sent.offset = offset
+                if line["step"] > sent.step:
+                    sent.step = line["step"]
+                    new.append(line)
+            _send_lines(client, sent.run_id, new)
+            sent.save(run)
+        total += len(new)
+
+
+def _send_lines(client: "MlflowClient", run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Each number of each line as a point at its step and time; ``tokens`` becomes ``train/tokens``."""
+    from mlflow.entities import Metric
+
+    points = [
+        # MLflow turns an infinity into 1.8e308, which flattens the curve: say "undefined" instead.
+        Metric(key, value if math.isfinite(value) else math.nan, int(line["time"] * 1000), line["step"])
+        for line in lines
+        for key, value in ({**line, "train/tokens": line["tokens"]}).items()
+        if key not in HEAD
+    ]
+    for i in range(0, len(points), MAX_METRICS):
+        client.log_batch(run_id, metrics=points[i : i + MAX_METRICS])
+
+
+def _set_status(client: "MlflowClient", run: Run, *, alive: bool) -> None:
+    with run.lock("tracking", wait_s=LOCK_S):
+        sent, status = Sent.load(run), STATUS[run.state(alive=alive)]
+        if sent.status == status:
+            return
+        if status in ("RUNNING", "SCHEDULED"):
+            client.update_run(sent.run_id, status=status)
+        else:
+            last = run.attempts()[-1:]
+            ended_at = (last[0].ended_at if last else None) or run.heartbeat().get("time") or time.time()
+            client.set_terminated(sent.run_id, status, int(ended_at * 1000))
+        sent.status = status
+        sent.save(run)
+
+
+def _send_files(client: "MlflowClient", run: Run) -> None:
+    """Send the spec, the plan and the loss curve as they are now, and name the data set; each once."""
+    with run.lock("tracking", wait_s=LOCK_S):
+        sent = Sent.load(run)
+        for name in ("spec.yaml", "plan.json", "loss-curve.png"):
+            path = run.folder / name
+            if not path.exists() or path.stat().st_mtime_ns == sent.artifacts.get(name):
+                continue
+            if path.suffix == ".png":
+                client.log_artifact(sent.run_id, str(path))
+            else:
+                client.log_text(sent.run_id, mask(path.read_text(encoding="utf-8")), name)
+            sent.artifacts[name] = path.stat().st_mtime_ns
+        sent.dataset = log_dataset(client, run, sent)
+        sent.save(run)
+
+
+def follow(run: Run, parent: int | None = None, since: float = 0.0) -> None:
+    """Forward lines until the job is over: ``parent`` is dead, or an attempt has ended after ``since``."""
+
+    def over() -> bool:
+        ended = any((a.ended_at or 0.0) > since for a in run.attempts())
+        return ended or (parent is not None and os.getppid() != parent)
+
+    mine, pause_s, deadline = "", POLL_S, 0.0
+    while True:
+        ending = over()  # asked first: whatever was written before the end is read below
+        newest = next((a.name for a in reversed(run.attempts())), "")
+        if ending:
+            deadline = deadline or time.monotonic() + FAREWELL_S
+        else:
+            mine = newest
+        # Where another attempt has taken over, the status is its forwarder's to set.
+        alive = not ending if mine in ("", newest) else None
+        try:
+            if ending or _has_news(run):
+                log.info("sent %d lines", _bring_up_to_date(run, alive=alive))
+            if ending:
+                return
+            pause_s = POLL_S
+        except (TrackingError, LaunchError) as e:
+            if ending and time.monotonic() > deadline:
+                log.warning("%s; left to `orch sync %s`", e, run.name)
+                return
+            pause_s = POLL_S if ending else min(2 * pause_s, PATIENCE_S)
+            log.warning("%s; trying again in %g s", e, pause_s)
+        until = time.monotonic() + pause_s
+        while time.monotonic() < until and (ending or not over()):
+            time.sleep(0.2)
+
+
+def _has_news(run: Run) -> bool:
+    """Whether MLflow lacks a line or the status of this run, which is alive."""
+    sent, metrics = Sent.load(run), run.folder / "metrics.jsonl"
+    behind = metrics.exists() and metrics.stat().st_size > sent.offset
+    return behind or sent.status != STATUS[run.state(alive=True)]
+
+
+def main(folder: str, parent: str | None = None, since: str = "0") -> None:
+    """`python -m orchestrator.track <run folder>`: the forwarder."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # Slurm sends the job's signals to us too; we leave after it
+    os.nice(10)
+    with suppress(OSError):  # where Linux groups by session, `nice` counts inside the group only (man 7 sched)
+        Path("/proc/self/autogroup").write_text("10")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    follow(Run.load(Path(folder)), int(parent) if parent else None, float(since))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
