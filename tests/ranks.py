@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed"])
+_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "deepspeed"])
 
 
 def run_ranks(fn, world, *args, timeout_s=240):
