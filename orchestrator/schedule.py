@@ -5,7 +5,6 @@ stored in a checkpoint but the number of tokens seen.
 """
 
 import math
-from collections.abc import Iterator
 
 from orchestrator.spec import ScheduleSpec, StageSpec
 
@@ -24,20 +23,13 @@ def batch_at(stage: StageSpec, seen: int, seq_len: int) -> int:
     return min(stage.global_batch, s.ramp_from + int(grown // step) * step)
 
 
-def batches(stage: StageSpec, seq_len: int) -> Iterator[int]:
-    """Sequences in each step of the stage, from its first to its last."""
-    seen = 0
-    for _ in range(stage.steps):
-        size = batch_at(stage, seen, seq_len)
-        seen += size
-        yield size
-
-
 def total_tokens(stage: StageSpec, seq_len: int) -> int:
     """Tokens the whole stage trains on."""
-    if stage.schedule.ramp_from is None:
-        return stage.steps * stage.global_batch * seq_len
-    return sum(batches(stage, seq_len)) * seq_len
+    seen = steps = 0
+    while steps < stage.steps and (size := batch_at(stage, seen, seq_len)) < stage.global_batch:
+        seen += size
+        steps += 1
+    return (seen + (stage.steps - steps) * stage.global_batch) * seq_len
 
 
 def learning_rate(stage: StageSpec, tokens: int, decay_tokens: float) -> float:
