@@ -32,7 +32,6 @@ def run(job: Job) -> dict[str, float]:
     stage, model, data = job.stage, job.experiment.model, job.experiment.data
     train = PackedDataset.open(data, seq_len=model.seq_len, split="train", vocab=model.vocab)
     held_out = PackedDataset.open(data, seq_len=model.seq_len, split="val", vocab=model.vocab)
-    whole = held_out.samples_per_epoch
 
     def make() -> torch.nn.Module:
         module = GPT(model, recompute=stage.parallel.recompute)
@@ -42,8 +41,7 @@ def run(job: Job) -> dict[str, float]:
     dist.start(job.ranks, job.rendezvous)
     torch.manual_seed(stage.seed * 100_003 + job.ranks.rank)  # dropout differs by rank
     engine = registry.find("jobs.engines", stage.engine).build(make, stage, job.ranks, mean_loss)
-    final = min(job.options.final_eval_samples or whole, whole)
-    loop.train(job, engine, train, held_out, final_eval_samples=final)
+    loop.train(job, engine, train, held_out, final_eval_samples=job.options.final_eval_samples)
     return {}
 
 

@@ -86,7 +86,8 @@ class DeepSpeedEngine:
         deepspeed = _import(ranks)
         from jobs.nn.gpt import decay_groups
 
-        self.module = make().to(self.device)
+        model: Any = make()
+        self.module = model.to(self.device)
         if stage.compile:
             self.module.compile_blocks()
         o = stage.optimizer
@@ -111,7 +112,7 @@ class DeepSpeedEngine:
             self.engine.backward(part)
             loss += part.detach() / len(batches)
             if self.engine.is_gradient_accumulation_boundary() and self._plain:
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters()])
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return StepResult(loss=dist.average(loss), grad_norm=float(norm))

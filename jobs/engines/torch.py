@@ -42,13 +42,14 @@ class TorchEngine:
 
         self.stage, self.ranks, self.loss_fn = stage, ranks, loss_fn
         self.device = dist.start(ranks)
-        self.module = make().to(self.device)
+        model: Any = make()
+        self.module = model.to(self.device)
         if stage.compile:
             self.module.compile_blocks()
         self.sharded = stage.parallel.zero > 0
         if self.sharded:
             _shard(self.module, stage, ranks, self.device)
-        self.replica = _replicate(self.module, ranks, self.device) if not self.sharded else self.module
+        self.replica: Any = _replicate(self.module, ranks, self.device) if not self.sharded else self.module
         o = stage.optimizer
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.module, o.weight_decay), lr=o.lr, betas=o.betas, eps=o.eps, fused=True
@@ -243,16 +244,16 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _local(t: torch.Tensor) -> torch.Tensor:
+def _local(t: Any) -> torch.Tensor:
     """This rank's slice of a DTensor; a plain tensor as it is."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def _whole(t: torch.Tensor) -> torch.Tensor:
+def _whole(t: Any) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def _rows(t: torch.Tensor) -> tuple[int, int]:
+def _rows(t: Any) -> tuple[int, int]:
     """Which rows of the whole tensor this rank holds."""
     if not hasattr(t, "to_local"):
         return 0, t.shape[0]

@@ -30,8 +30,17 @@ log = logging.getLogger(__name__)
 class Samples(Protocol):
     """A data set whose order is a pure function of the global sample index."""
 
-    fingerprint: str
     tokenizer_sha256: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides what the i-th sample is."""
+        ...
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """How many samples there are before one comes again."""
+        ...
 
     def batch(self, first: int, count: int) -> Batch:
         """Global samples ``first`` to ``first + count``."""
@@ -47,8 +56,13 @@ class Position:
     tokens: int = 0
 
 
-def train(job: Job, engine: Engine, data: Samples, held_out: Samples | None, *, final_eval_samples: int) -> None:
+def train(
+    job: Job, engine: Engine, data: Samples, held_out: Samples | None, *, final_eval_samples: int | None = None
+) -> None:
     """Train ``job.stage`` from its newest checkpoint, or from its first step, to its last. Collective.
+
+    Args:
+        final_eval_samples: samples in the evaluation after the last step; None: all of ``held_out``.
 
     Raises:
         Stopped: a signal asked for it; everything is saved.
@@ -88,7 +102,7 @@ def train(job: Job, engine: Engine, data: Samples, held_out: Samples | None, *, 
         last = at.step == stage.steps
         if held_out and (last or (stage.eval_every and at.step % stage.eval_every == 0)):
             samples = final_eval_samples if last else stage.eval_samples
-            values["val/loss"] = evaluate(job, engine, held_out, samples)
+            values["val/loss"] = evaluate(job, engine, held_out, samples or held_out.samples_per_epoch)
         job.report(at.step, values, tokens=at.tokens)
         stall_s = 0.0
         stopping = dist.any_rank(bool(job.stop.cause))
@@ -114,6 +128,7 @@ def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:
     Each rank takes its turn; every rank runs as many forward passes as any other.
     """
     ranks, micro = job.ranks, job.stage.parallel.micro_batch
+    samples = min(samples, data.samples_per_epoch)
     summed, tokens = 0.0, 0
     for turn in range(-(-samples // (ranks.world * micro))):
         first = (turn * ranks.world + ranks.rank) * micro
