@@ -76,6 +76,22 @@ class ModelSpec:
         """Parameters of the whole model, counted exactly (12 L h^2 is its leading term)."""
         return self.layers * self.layer_params + self.embedding_params
 
+    @property
+    def flops_per_token(self) -> int:
+        """Model flops of one token, forward and backward, at the full ``seq_len``; recompute is not counted.
+
+        72 L h^2 (1 + s / 6h + V / 12hL) for GPT-3 (Narayanan et al. 2021, arXiv:2104.04473, equation 3, less
+        the recomputed forward pass; Chowdhery et al. 2022, arXiv:2204.02311, appendix B): 6 per weight of a
+        matrix product, and 12 h per key a query meets. As there, a dense layer counts all s keys although half
+        are masked; a banded layer counts ``window``.
+        """
+        h, f, L = self.hidden, self.ffn, self.layers
+        up = 2 if self.activation == "swiglu" else 1
+        weights = L * (h * (h + 2 * self.kv_hidden) + h * h + up * h * f + f * h) + self.vocab * h
+        banded = {"dense": 0, "alternating": L // 2, "banded": L}[self.attention]
+        keys = (L - banded) * self.seq_len + banded * min(self.window, self.seq_len)
+        return 6 * weights + 12 * h * keys
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSpec:

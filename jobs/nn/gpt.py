@@ -1,0 +1,330 @@
+"""One decoder for GPT-1, GPT-2, GPT-3 and what came after, driven by ModelSpec.
+
+Sources: GPT-1 (Radford et al. 2018), GPT-2 (Radford et al. 2019, section 2.3), GPT-3 (Brown et al. 2020,
+arXiv:2005.14165, section 2.1) with the banded attention of Sparse Transformers (arXiv:1904.10509);
+RMSNorm arXiv:1910.07467, SwiGLU arXiv:2002.05202, RoPE arXiv:2104.09864, grouped-query attention
+arXiv:2305.13245, parallel blocks as in GPT-J, selective recompute arXiv:2205.05198.
+
+Shape suffixes: B batch, T tokens, H hidden, A heads, K key and value heads, D head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from jobs.nn.losses import linear_cross_entropy
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.spec import ModelSpec
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class GPT(nn.Module):
+    """A decoder-only language model; ``spec.params`` is its number of parameters, exactly.
+
+    Args:
+        spec: sizes and variant.
+        recompute: activations computed again in the backward pass: none; the attention core only, which
+            pays where SDPA has no flash kernel (dropout on a CPU, banded layers); or whole blocks.
+
+    Raises:
+        ConfigError: heads do not divide what they split.
+    """
+
+    def __init__(self, spec: ModelSpec, *, recompute: Recompute = "none") -> None:
+        super().__init__()
+        _check(spec)
+        self.spec = spec
+        self.embed = TokenEmbedding(spec)
+        self.positions = Positions(spec) if spec.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(spec, i, recompute) for i in range(spec.layers))
+        self.norm = _norm(spec) if spec.norm_position == "pre" else None
+        self.head = None if spec.tie_embeddings else Head(spec)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); with ``targets``, their negative log-likelihoods (B, T) in fp32 instead."""
+        x_BTH = self.embed(tokens_BT)
+        if self.positions is not None:
+            x_BTH = self.positions(x_BTH)
+        x_BTH = F.dropout(x_BTH, self.spec.dropout, self.training)
+        for block in self.blocks:
+            x_BTH = block(x_BTH)
+        if self.norm is not None:
+            x_BTH = self.norm(x_BTH)
+        if self.head is not None:
+            return self.head(x_BTH, targets_BT)
+        return self.embed(x_BTH, targets_BT, head=True)
+
+    def compile_blocks(self) -> None:
+        """Compile every block with torch.compile: identical blocks share the code of the first.
+
+        Only their forward is replaced, so that hooks on a block (FSDP2's, ZeRO's) stay outside, and
+        names of parameters stay as they are.
+        """
+        for block in self.blocks:
+            cast(Block, block).compile_run()
+
+
+class Head(nn.Module):
+    """The map from hidden states to the vocabulary, (V, H), without bias."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.vocab, spec.hidden))
+
+    def forward(self, x_BTH: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits, or the targets' negative log-likelihoods, as GPT.forward."""
+        if targets_BT is None:
+            return F.linear(x_BTH, self.weight)
+        return linear_cross_entropy(x_BTH, self.weight, targets_BT)
+
+
+class TokenEmbedding(Head):
+    """The token table (V, H), which a tied head reads through this module's own forward.
+
+    So the hooks that gather sharded weights fire at both uses. It holds nothing but the tied tensor:
+    DeepSpeed's universal checkpoints of pipelines are silently wrong otherwise.
+    """
+
+    def forward(self, x: Tensor, targets_BT: Tensor | None = None, *, head: bool = False) -> Tensor:
+        """Embeddings (B, T, H) of tokens (B, T); with ``head``, as Head.forward."""
+        return super().forward(x, targets_BT) if head else F.embedding(x, self.weight)
+
+
+class Positions(nn.Module):
+    """Learned positions (T, H), in a layer of their own."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.seq_len, spec.hidden))
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Add the positions.
+
+        Raises:
+            DataError: there are more tokens than positions.
+        """
+        tokens, seq_len = x_BTH.shape[1], len(self.weight)
+        if tokens > seq_len:
+            raise DataError(
+                f"a sequence of {tokens} tokens is longer than the model's {seq_len} positions",
+                hint=f"cut it, or set `model.seq_len` to {tokens} before training",
+            )
+        return x_BTH + self.weight[:tokens]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its norm and residual; pre-norm, post-norm or parallel."""
+
+    def __init__(self, spec: ModelSpec, layer: int, recompute: Recompute) -> None:
+        super().__init__()
+        banded = spec.attention == "banded" or (spec.attention == "alternating" and layer % 2 == 1)
+        self.dropout, self.post = spec.dropout, spec.norm_position == "post"
+        self.recompute = recompute == "full"
+        self.norm1 = _norm(spec)
+        self.attn = Attention(spec, window=spec.window if banded else None, recompute=recompute == "selective")
+        self.norm2 = None if spec.parallel_block else _norm(spec)
+        self.mlp = FeedForward(spec)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """(B, T, H) to (B, T, H)."""
+        return _maybe_checkpoint(self.recompute, self.run, x_BTH)
+
+    def run(self, x_BTH: Tensor) -> Tensor:
+        """What forward computes, and computes again under full recompute."""
+        if self.norm2 is None:
+            y_BTH = x_BTH if self.post else self.norm1(x_BTH)
+            x_BTH = x_BTH + self._drop(self.attn(y_BTH) + self.mlp(y_BTH))
+            return self.norm1(x_BTH) if self.post else x_BTH
+        if self.post:
+            x_BTH = self.norm1(x_BTH + self._drop(self.attn(x_BTH)))
+            return self.norm2(x_BTH + self._drop(self.mlp(x_BTH)))
+        x_BTH = x_BTH + self._drop(self.attn(self.norm1(x_BTH)))
+        return x_BTH + self._drop(self.mlp(self.norm2(x_BTH)))
+
+    def compile_run(self) -> None:
+        """See GPT.compile_blocks."""
+        self.run = torch.compile(self.run)  # type: ignore[method-assign]
+
+    def _drop(self, x_BTH: Tensor) -> Tensor:
+        return F.dropout(x_BTH, self.dropout, self.training) if self.dropout else x_BTH
+
+
+class Attention(nn.Module):
+    """Causal self-attention; ``window`` is how many positions a query sees, its own included; None: all."""
+
+    def __init__(self, spec: ModelSpec, *, window: int | None, recompute: bool) -> None:
+        super().__init__()
+        self.widths = [spec.hidden, spec.kv_hidden, spec.kv_hidden]
+        self.head_dim, self.dropout = spec.head_dim, spec.dropout
+        self.grouped = spec.kv_hidden != spec.hidden
+        self.rope_theta = spec.rope_theta if spec.position == "rope" else None
+        self.window, self.recompute = window, recompute
+        self.qkv = nn.Linear(spec.hidden, sum(self.widths), bias=spec.bias)
+        self.proj = nn.Linear(spec.hidden, spec.hidden, bias=spec.bias)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """(B, T, H) to (B, T, H)."""
+        q_BATD, k_BKTD, v_BKTD = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x_BTH).split(self.widths, -1)
+        )
+        if self.rope_theta is not None:
+            q_BATD, k_BKTD = rotate(q_BATD, self.rope_theta), rotate(k_BKTD, self.rope_theta)
+        y_BATD = _maybe_checkpoint(self.recompute, self._core, q_BATD, k_BKTD, v_BKTD)
+        return self.proj(y_BATD.transpose(1, 2).flatten(2))
+
+    def _core(self, q_BATD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        tokens = q_BATD.shape[2]
+        banded = self.window is not None and self.window < tokens  # a dense layer may use the flash kernel
+        mask_TT = band(tokens, self.window, q_BATD.device) if banded and self.window else None
+        return F.scaled_dot_product_attention(
+            q_BATD,
+            k_BKTD,
+            v_BKTD,
+            attn_mask=mask_TT,
+            is_causal=mask_TT is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.grouped,
+        )
+
+
+class FeedForward(nn.Module):
+    """Two matrices and an activation; SwiGLU's gate and value are the halves of ``up``."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.activation = spec.activation
+        self.up = nn.Linear(spec.hidden, spec.ffn * (2 if spec.activation == "swiglu" else 1), bias=spec.bias)
+        self.down = nn.Linear(spec.ffn, spec.hidden, bias=spec.bias)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """(B, T, H) to (B, T, H)."""
+        return self.down(_ACTIVATIONS[self.activation](self.up(x_BTH)))
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")  # (Hendrycks and Gimpel 2016, arXiv:1606.08415), OpenAI's in GPT-1 to 3
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "swiglu": _swiglu,
+}
+
+
+def band(tokens: int, window: int, device: torch.device) -> Tensor:
+    """Mask (T, T), true where query i sees key j: i - window < j <= i."""
+    ones_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    return ones_TT.tril().triu(1 - window)
+
+
+def rotate(x_BATD: Tensor, theta: float) -> Tensor:
+    """Rotary positions: dims d and d + D/2 turn by t theta^(-2d/D) (arXiv:2104.09864, paired as in GPT-NeoX)."""
+    tokens, dim = x_BATD.shape[-2:]
+    rate_d = theta ** -(torch.arange(0, dim, 2, device=x_BATD.device, dtype=torch.float32) / dim)
+    angle_Td = torch.outer(torch.arange(tokens, device=x_BATD.device, dtype=torch.float32), rate_d)
+    cos_Td, sin_Td = angle_Td.cos().to(x_BATD.dtype), angle_Td.sin().to(x_BATD.dtype)
+    a, b = x_BATD.chunk(2, -1)
+    return torch.cat((a * cos_Td - b * sin_Td, b * cos_Td + a * sin_Td), -1)
+
+
+def init_weights(model: GPT, seed: int) -> GPT:
+    """Draw every parameter in full from a generator seeded by its name, and return the model.
+
+    So neither world size nor layout nor the order of construction changes the start; a CPU and a GPU do
+    differ. Matrices and embeddings are N(0, init_std), those that write to the residual stream divided
+    by sqrt(2 L) under ``scaled_init`` (GPT-2, section 2.3); biases are 0, norms 1. Sharded parameters
+    (FSDP2, deepspeed.zero.Init) keep their shard; that is collective.
+    """
+    spec = model.spec
+    for name, p in model.named_parameters():
+        residual = spec.scaled_init and name.endswith(("attn.proj.weight", "mlp.down.weight"))
+        std = spec.init_std / math.sqrt(2 * spec.layers) if residual else spec.init_std
+        with torch.no_grad(), _whole(p) as (shape, fill):
+            if name.endswith("bias"):
+                fill(torch.zeros(shape, device=p.device))
+            elif "norm" in name:
+                fill(torch.ones(shape, device=p.device))
+            elif not p.is_meta:
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
+                fill(torch.empty(shape, device=p.device).normal_(0, std, generator=generator))
+    return model
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: matrices and embeddings decay, biases and norms do not.
+
+    By name, because a sharded parameter may have lost its dims.
+    """
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        (rest if name.endswith("bias") or "norm" in name else decay).append(p)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+@contextmanager
+def _whole(p: nn.Parameter) -> Iterator[tuple[torch.Size, Callable[[Tensor], object]]]:
+    """The full shape of a parameter, and a function that sets it from a full tensor, sharded or not."""
+    if hasattr(p, "ds_shape"):  # deepspeed.zero.Init: outside this context there is nothing to write to
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            yield p.shape, p.copy_
+    elif hasattr(p, "placements"):  # FSDP2
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        d = cast(DTensor, p)
+        yield (
+            d.shape,
+            lambda full: d.copy_(
+                distribute_tensor(full, d.device_mesh, d.placements, src_data_rank=None)  # no communication
+            ),
+        )
+    else:
+        yield p.shape, p.copy_
+
+
+def _maybe_checkpoint(recompute: bool, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def _norm(spec: ModelSpec) -> nn.Module:
+    if spec.norm == "rmsnorm":
+        return nn.RMSNorm(spec.hidden, spec.norm_eps)
+    return nn.LayerNorm(spec.hidden, spec.norm_eps, bias=spec.bias)
+
+
+def _check(spec: ModelSpec) -> None:
+    kv_heads = spec.kv_heads or spec.heads
+    for name, total, part in (("hidden", spec.hidden, spec.heads), ("heads", spec.heads, kv_heads)):
+        if total % part:
+            divisors = [d for d in range(1, total + 1) if total % d == 0]
+            what = "heads" if name == "hidden" else "kv_heads"
+            raise ConfigError(
+                f"model: `{what}` = {part} does not divide `{name}` = {total}", hint=f"it may be one of {divisors}"
+            )
+    if spec.position == "rope" and spec.head_dim % 2:
+        raise ConfigError(
+            f"model: rope turns pairs, and {spec.hidden} / {spec.heads} = {spec.head_dim} dims per head is odd",
+            hint="choose `heads` so that `hidden / heads` is even",
+        )

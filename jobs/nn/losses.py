@@ -1,0 +1,136 @@
+"""Cross-entropy of a linear head that never holds fp32 logits of the whole batch.
+
+At GPT-3's vocabulary the logits are the largest activation: 4 s b v bytes in fp32 (Korthikanti et
+al. 2022, arXiv:2205.05198, section 4.3), and plain PyTorch holds them twice more on the way back.
+Here they exist in the compute dtype only, are turned into their own gradient in place, and beyond
+``LOGITS_BYTES`` are computed in chunks and again in the backward pass (as in Wijmans et al. 2024,
+arXiv:2411.09009, without its kernel). Per-token gradients may be anything: PPO weights tokens.
+
+Shape suffixes: N tokens, n tokens of one chunk, H hidden, V vocabulary (padded, where said so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS_BYTES = 2**30  # logits up to here are kept for the backward pass, and no chunk is larger
+CACHE_BYTES = 2**20  # softmax on a CPU works in pieces that stay in its cache
+CUDA_ROWS = 64  # cuBLAS is slow unless the vocabulary is a multiple (Karpathy's nanoGPT: 50257 -> 50304)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight_VH: Tensor, targets: Tensor, *, logits_bytes: int = LOGITS_BYTES, pad_to: int | None = None
+) -> Tensor:
+    """Negative log-likelihood of ``targets`` under softmax(hidden weight^T), in fp32 (fp64 for fp64).
+
+    Args:
+        hidden: (..., H), what the head reads.
+        weight_VH: the head, or the token embedding it is tied to. Both are cast as autocast would.
+        targets: (...) int64, each in [0, V); the result has their shape.
+        logits_bytes: above this, logits are computed in chunks and again in the backward pass.
+        pad_to: the vocabulary is padded to a multiple of it for the matrix products; None: by device.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight_VH = hidden.to(dtype), weight_VH.to(dtype)
+    if pad_to is None:
+        pad_to = CUDA_ROWS if device == "cuda" else 1
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight_VH, targets, logits_bytes, pad_to)
+
+
+def masked_mean(nll: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``nll`` where ``mask`` is not 0, weighted by it; 0 if it is 0 everywhere."""
+    mask = mask.to(nll.dtype)
+    return (nll * mask).sum() / mask.sum().clamp(min=torch.finfo(nll.dtype).tiny)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        hidden, weight_VH, targets, logits_bytes, pad_to = inputs
+        hidden_NH, targets_N = hidden.flatten(0, -2), targets.flatten()
+        nll = torch.empty(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        nll_N = nll.view(-1)
+        padded_VH = _pad(weight_VH, pad_to)
+        rows = max(1, logits_bytes // (len(padded_VH) * padded_VH.element_size()))
+        logits_nV = None
+        for chunk in _slices(len(targets_N), rows):
+            logits_nV = _logits(hidden_NH[chunk], padded_VH, len(weight_VH))
+            _token_nll(logits_nV, targets_N[chunk], nll_N[chunk])
+        kept_NV = logits_nV if rows >= len(targets_N) else None
+        ctx.save_for_backward(hidden, weight_VH, targets, nll, kept_NV)
+        ctx.rows, ctx.pad_to = rows, pad_to
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight_VH, targets, nll, kept_NV = ctx.saved_tensors
+        hidden_NH, targets_N, nll_N, grad_N = hidden.flatten(0, -2), targets.flatten(), nll.view(-1), grad.flatten()
+        padded_VH = _pad(weight_VH, ctx.pad_to)
+        grad_hidden_NH = torch.empty_like(hidden_NH)
+        grad_weight_VH = None
+        for chunk in _slices(len(targets_N), ctx.rows):
+            logits_nV = _logits(hidden_NH[chunk], padded_VH, len(weight_VH)) if kept_NV is None else kept_NV
+            _to_gradient(logits_nV, targets_N[chunk], nll_N[chunk], grad_N[chunk])
+            torch.mm(logits_nV, padded_VH, out=grad_hidden_NH[chunk])
+            part_VH = logits_nV.t() @ hidden_NH[chunk]
+            if grad_weight_VH is None:
+                grad_weight_VH = part_VH if kept_NV is not None else part_VH.to(nll.dtype)  # chunks are summed in fp32
+            else:
+                grad_weight_VH += part_VH
+        if grad_weight_VH is None:  # there were no tokens
+            grad_weight_VH = torch.zeros_like(weight_VH)
+        grad_weight_VH = grad_weight_VH[: len(weight_VH)].to(weight_VH.dtype)
+        return grad_hidden_NH.view(hidden.shape), grad_weight_VH, None, None, None
+
+
+def _pad(weight_VH: Tensor, multiple: int) -> Tensor:
+    missing = -len(weight_VH) % multiple
+    return F.pad(weight_VH, (0, 0, 0, missing)) if missing else weight_VH
+
+
+def _logits(hidden_nH: Tensor, padded_VH: Tensor, vocab: int) -> Tensor:
+    logits_nV = hidden_nH @ padded_VH.t()
+    if len(padded_VH) > vocab:
+        logits_nV[:, vocab:] = float("-inf")  # so that softmax gives what is padded no weight
+    return logits_nV
+
+
+def _slices(rows: int, step: int) -> Iterator[slice]:
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _pieces(logits_nV: Tensor) -> Iterator[slice]:
+    """Row slices whose fp32 copy is small: in a CPU's cache, or a quarter of the largest logits on a GPU."""
+    limit = CACHE_BYTES if logits_nV.device.type == "cpu" else LOGITS_BYTES // 4
+    return _slices(len(logits_nV), max(1, limit // (4 * logits_nV.shape[1])))
+
+
+def _token_nll(logits_nV: Tensor, targets_n: Tensor, nll_n: Tensor) -> None:
+    """Fill ``nll_n`` with log sum exp(logits) - logits[target]."""
+    for piece in _pieces(logits_nV):
+        log_p = F.log_softmax(logits_nV[piece], dim=-1, dtype=nll_n.dtype)
+        torch.neg(log_p.gather(1, targets_n[piece, None])[:, 0], out=nll_n[piece])
+
+
+def _to_gradient(logits_nV: Tensor, targets_n: Tensor, nll_n: Tensor, grad_n: Tensor) -> None:
+    """Turn logits into the gradient (softmax - onehot(target)) * grad, in place.
+
+    Softmax is rounded to the logits' dtype; the target's entry is exp(-nll) - 1 in fp32, because
+    p - 1 would cancel in bf16.
+    """
+    for piece in _pieces(logits_nV):
+        p_nV = F.softmax(logits_nV[piece], dim=-1)
+        torch.mul(p_nV, grad_n[piece, None], out=logits_nV[piece])  # in fp32: a rounded factor would bias
+    at_target_n = torch.expm1(-nll_n) * grad_n
+    logits_nV.scatter_(1, targets_n[:, None], at_target_n[:, None].to(logits_nV.dtype))
