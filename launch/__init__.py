@@ -1,4 +1,4 @@
-"""Where a run executes: one module per launcher, each with ``submit``, ``alive`` and ``cancel``.
+"""Where a run executes: one module per launcher, each with ``check``, ``submit``, ``alive`` and ``cancel``.
 
 A launcher starts ``jobs.__main__.main(<run folder>)`` once per rank, and nothing else: whatever the
 job needs to know lies in the run folder.
@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from orchestrator.run import Run
+from orchestrator.spec import Experiment
 
 
 class Launcher(Protocol):
     """What every module of this package offers."""
+
+    def check(self, experiment: Experiment, stage: str) -> None:
+        """Raise LaunchError if ``stage`` cannot run here; called before anything is written."""
+        ...
 
     def submit(self, runs: Sequence[Run]) -> None:
         """Queue ``runs``, each once the one before it has succeeded; record a Submission in each."""

@@ -1,0 +1,377 @@
+"""The `orch` command. Parses, calls, prints; every decision is made elsewhere, and imported where it is needed."""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from orchestrator import __version__
+from orchestrator.errors import OrchError
+
+if TYPE_CHECKING:
+    from orchestrator.compose import Composed
+    from orchestrator.run import Run
+
+
+class Ordered(click.Group):
+    """Commands in the order of their definition; an OrchError becomes `error:`, `hint:` and exit status 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, first defined first."""
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find a command, or say which one was meant."""
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.commands, n=1)
+            hint = f"did you mean `orch {near[0]}`?" if near else "`orch --help` lists the commands"
+            raise click.UsageError(f"no command `{args[0]}`; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; report what the user can put right without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except OrchError as error:
+            _say("error:", "red", str(error))
+            if error.hint:
+                _say("hint:", "cyan", error.hint)
+            ctx.exit(1)
+
+
+def _say(word: str, color: str, text: str) -> None:
+    plain = False if os.environ.get("NO_COLOR") else None
+    click.echo(f"{click.style(word, fg=color, bold=True)} {text}", err=True, color=plain)
+
+
+def _complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Experiments and runs below the runs folder that is in force."""
+    root = Path((ctx.find_root().params or {}).get("runs") or os.environ.get("ORCH_RUNS") or "runs")
+    found = [f.parent.relative_to(root) for f in root.glob("*/*/run.json")]
+    return sorted(n for n in {str(p) for f in found for p in (f, f.parent)} if n.startswith(incomplete))
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONFIG = click.argument("config")
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+RUN = click.argument("run", shell_complete=_complete_run)
+ANY_RUN = click.argument("run", required=False, shell_complete=_complete_run)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+STAGES = click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; may be given again.")
+DETACH = click.option("-d", "--detach", is_flag=True, help="Return at once and leave it running.")
+
+
+@click.group(cls=Ordered, context_settings=CONTEXT)
+@click.option(
+    "--runs",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="runs",
+    show_default=True,
+    envvar="ORCH_RUNS",
+    show_envvar=True,
+    help="Folder of the runs.",
+)
+@click.option("-v", "--verbose", count=True, help="Say more of what is done; twice for debugging.")
+@click.version_option(__version__, "-V", "--version", prog_name="orch")
+@click.pass_context
+def cli(ctx: click.Context, runs: Path, verbose: int) -> None:
+    """Plan, submit, follow and resume large training runs.
+
+    \b
+    Start here:
+      orch init .                          copy a set of configs to begin with
+      orch plan configs/demo.yaml          will it fit, how long, how much
+      orch submit configs/demo.yaml        start its stages and watch them
+      orch status                          what runs where, at which step
+
+    RUN is `experiment/stage`, or `experiment` for all its stages.
+    """
+    ctx.obj = runs.expanduser().absolute()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("orchestrator").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if verbose > 1:
+        logging.getLogger().setLevel(logging.DEBUG)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def init(folder: Path) -> None:
+    """Copy the configs that come with orch into FOLDER/configs.
+
+    Describe your own cluster in `cluster/mine.yaml`; then `cluster=mine` selects it.
+    """
+    from orchestrator.compose import copy_presets
+
+    files = copy_presets(folder)
+    for file in files:
+        click.echo(file)
+    _next(f"orch plan {folder / 'configs' / 'demo.yaml'}")
+
+
+@cli.command()
+@CONFIG
+@OVERRIDES
+@click.option("--why", "key", metavar="KEY", help="Say which file or override set KEY.")
+@JSON
+def show(config: str, overrides: Sequence[str], key: str | None, as_json: bool) -> None:
+    """Print the composed config.
+
+    CONFIG is a YAML file or the name of a preset, such as `gpt3-175b`. KEY=VALUE overrides what it says;
+    a group is swapped by name: `cluster=h100-80g`, `model=gpt3-13b`.
+    """
+    from orchestrator.compose import compose
+
+    composed = compose(config, overrides)
+    if key:
+        click.echo(composed.why(key))
+    elif as_json:
+        from orchestrator.show import experiment_json
+
+        experiment_json(composed.experiment)
+    else:
+        click.echo(composed.yaml, nl=False)
+
+
+@cli.command()
+@CONFIG
+@OVERRIDES
+@STAGES
+@click.option("--force", is_flag=True, help="Print the estimate although it does not fit.")
+@JSON
+def plan(config: str, overrides: Sequence[str], stages: Sequence[str], force: bool, as_json: bool) -> None:
+    """Check a config, and estimate memory, time and cost."""
+    from orchestrator import show
+    from orchestrator.plan import plan as estimate
+
+    experiment = _compose(config, overrides, stages).experiment
+    estimates = [e.to_json() for e in estimate(experiment, stages=list(stages) or None, force=force)]
+    if as_json:
+        show.as_json(estimates)
+        return
+    show.plans(estimates)
+    _next("orch submit " + " ".join([config, *overrides]))
+
+
+@cli.command()
+@CONFIG
+@OVERRIDES
+@STAGES
+@click.option("--launcher", metavar="NAME", help="Where to run: `local` or `slurm`. Default: `cluster.launcher`.")
+@click.option("--dry-run", is_flag=True, help="Write the run folders, start nothing.")
+@click.option("--force", is_flag=True, help="Submit although the estimate does not fit.")
+@DETACH
+@click.pass_obj
+def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_run: bool, **how: Any) -> None:
+    """Check a config, start its stages and watch them.
+
+    A stage that waits for another starts when that one is done. Submitting again goes on where the experiment
+    stands. Ctrl-C asks the runs to save and stop; a second one leaves them to it.
+
+    \b
+    Examples:
+      orch submit configs/demo.yaml
+      orch submit configs/demo.yaml stages.pretrain.steps=1000 name=demo-long
+      orch submit configs/gpt3-125m.yaml cluster=local --stage prepare --detach
+    """
+    from orchestrator.submit import submit as hand_over
+
+    composed = _compose(config, overrides, how["stages"])
+    runs = hand_over(composed, root=root, dry_run=dry_run, **how)
+    if dry_run:
+        for run in runs:
+            click.echo(run.folder)
+        click.echo("nothing was started", err=True)
+        _next("orch submit " + " ".join([config, *overrides]))
+    elif runs:
+        _watch(runs, detach)
+    else:
+        click.echo("all stages are done", err=True)
+        _next(f"orch status {composed.experiment.name}", "orch ui")
+
+
+@cli.command()
+@ANY_RUN
+@JSON
+@click.pass_obj
+def status(root: Path, run: str | None, as_json: bool) -> None:
+    """List the runs, or show one: state, step, loss, speed, last checkpoint, and why it ended."""
+    from orchestrator import show
+    from orchestrator.run import find_runs, list_runs
+    from orchestrator.submit import alive
+
+    runs = find_runs(root, run) if run else list_runs(root)
+    living = [alive(r) for r in runs]
+    rows = [show.status(r, living=lives) for r, lives in zip(runs, living, strict=True)]
+    if as_json:
+        show.as_json(rows)
+    elif run:
+        for r, row in zip(runs, rows, strict=True):
+            show.details(r, row)
+    elif rows:
+        show.table(rows)
+    else:
+        click.echo(f"no runs in `{root}`", err=True)
+        _next("orch submit configs/demo.yaml")
+    problem = show.reconcile(runs, living)
+    if problem:
+        click.echo(f"MLflow was not brought up to date: {problem}", err=True)
+
+
+@cli.command()
+@RUN
+@click.option("--rank", type=click.IntRange(0), default=0, show_default=True, help="Rank whose log to print.")
+@click.option("--attempt", metavar="NAME", help="An earlier attempt; `orch status RUN` lists them.")
+@click.option("-f", "--follow", is_flag=True, help="Go on printing as the log grows.")
+@click.pass_obj
+def logs(root: Path, run: str, rank: int, attempt: str | None, follow: bool) -> None:
+    """Print the log of a run."""
+    from orchestrator.follow import print_log
+    from orchestrator.run import find_runs
+    from orchestrator.show import log_file
+
+    chosen, path = log_file(find_runs(root, run), attempt, rank)
+    click.echo(f"==> {path}", err=True)
+    print_log(path, sys.stdout, chosen if follow else None)
+
+
+@cli.command()
+@RUN
+@DETACH
+@click.pass_obj
+def resume(root: Path, run: str, detach: bool) -> None:
+    """Start what stopped or failed again, from its newest checkpoint, with the code it began with."""
+    from orchestrator.run import find_runs
+    from orchestrator.submit import resume as hand_over
+
+    _watch(hand_over(find_runs(root, run)), detach)
+
+
+@cli.command()
+@RUN
+@click.option("--now", is_flag=True, help="Do not wait for a checkpoint: kill it.")
+@click.pass_obj
+def cancel(root: Path, run: str, now: bool) -> None:
+    """Ask a run to save and stop."""
+    from orchestrator.run import find_runs
+    from orchestrator.submit import cancel as stop
+
+    for r in stop(find_runs(root, run), now=now):
+        click.echo(f"`{r.name}` {'was killed' if now else 'was asked to save and stop'}", err=True)
+    _next(f"orch status {run}", f"orch resume {run}")
+
+
+@cli.command()
+@ANY_RUN
+@click.pass_obj
+def sync(root: Path, run: str | None) -> None:
+    """Send to MLflow what it has not seen yet, of one run or of all."""
+    from orchestrator import track
+    from orchestrator.run import find_runs, list_runs
+
+    for r in find_runs(root, run) if run else list_runs(root):
+        if r.submissions:
+            click.echo(f"{r.name}: {track.sync(r)} steps sent")
+
+
+@cli.command()
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on 127.0.0.1.")
+@click.option("--uri", metavar="URI", help="MLflow to show. Default: the one in the runs folder.")
+@click.option("--open", "browse", is_flag=True, help="Open a browser too.")
+@click.pass_obj
+def ui(root: Path, port: int, uri: str | None, browse: bool) -> None:
+    """Serve the MLflow dashboard on this machine until Ctrl-C, and print its addresses."""
+    import threading
+
+    from orchestrator import dashboard
+
+    click.echo("starting MLflow ...", err=True)
+    with dashboard.serve(root, uri, port) as base:
+        pages = dashboard.addresses(root, uri, base) or [("all experiments", base)]
+        for experiment, address in pages:
+            click.echo(f"{experiment}: {address}")
+        if browse:
+            click.launch(pages[0][1])
+        click.echo("Ctrl-C ends it", err=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass
+
+
+@cli.command()
+@click.option("--deep", is_flag=True, help="Import torch, DeepSpeed and MLflow too: half a minute.")
+@click.option("--uri", metavar="URI", help="MLflow to look for. Default: the one in the runs folder.")
+@JSON
+@click.pass_obj
+def doctor(root: Path, deep: bool, uri: str | None, as_json: bool) -> None:
+    """Check this machine: Python, packages, compiler, disk, memory, GPUs, MLflow, launchers."""
+    from orchestrator import doctor as checks
+    from orchestrator import show
+
+    findings = checks.examine(root, uri=uri, deep=deep)
+    if as_json:
+        show.as_json([vars(f) for f in findings])
+    else:
+        checks.report(findings)
+    if any(f.status == "missing" for f in findings):
+        raise OrchError("something that is needed is missing", hint="the remedies stand beside each finding")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for a shell.
+
+    \b
+    To use it:
+      bash   orch completion bash >> ~/.bashrc
+      zsh    orch completion zsh >> ~/.zshrc
+      fish   orch completion fish > ~/.config/fish/completions/orch.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    assert script  # noqa: S101 - the three are click's own
+    click.echo(script(cli, {}, "orch", "_ORCH_COMPLETE").source())
+
+
+def _compose(config: str, overrides: Sequence[str], stages: Sequence[str]) -> "Composed":
+    """The experiment, once its stages are known to be there."""
+    from orchestrator.compose import compose
+    from orchestrator.submit import select
+
+    composed = compose(config, overrides)
+    select(composed.experiment, stages)
+    return composed
+
+
+def _watch(runs: Sequence["Run"], detach: bool) -> None:
+    """Follow ``runs`` to their end, unless ``detach``; exit with 1 unless all are done."""
+    from orchestrator.follow import follow
+    from orchestrator.show import ends
+
+    click.echo("submitted " + ", ".join(f"`{r.name}`" for r in runs), err=True)
+    if detach or not follow(runs):
+        name = runs[0].experiment
+        _next(f"orch status {name}", f"orch logs -f {name}", f"orch cancel {name}")
+    elif not ends(runs):
+        sys.exit(1)
+
+
+def _next(*commands: str) -> None:
+    """Say what is likely to be typed next."""
+    click.echo("next: " + ", ".join(f"`{c}`" for c in commands), err=True)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cast(Callable[[], None], cli)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""From an experiment to queued runs: order the stages, write their folders, call the launcher.
+
+Everything that can be refused is refused before the first byte is written. ``run.json`` is written last,
+so a folder without one is the rest of a submission that was killed, and is written again.
+"""
+
+import dataclasses
+import logging
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+from launch import Launcher
+from orchestrator import inputs
+from orchestrator.compose import Composed
+from orchestrator.errors import ConfigError, LaunchError, TrackingError
+from orchestrator.plan import Estimate, plan
+from orchestrator.registry import did_you_mean, find
+from orchestrator.run import Run, State, write_atomic, write_json
+from orchestrator.spec import Experiment
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("orchestrator", "jobs", "launch")  # what a run's `code/` holds
+
+
+def submit(
+    composed: Composed,
+    *,
+    root: Path,
+    stages: Sequence[str] = (),
+    launcher: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> list[Run]:
+    """Queue ``stages`` of an experiment, or all of them, below the runs folder ``root``; return what was queued.
+
+    Submitting again goes on where the experiment stands: a stage that is done is passed over, one that
+    stopped or failed is resumed. With ``dry_run`` the folders are written and nothing is queued.
+
+    Raises:
+        PlanError: a stage cannot run or does not fit; ``force`` lets pass what does not fit.
+        DataError: what a stage reads is not there.
+        LaunchError: a stage is running already, or its run began with another config.
+    """
+    root = root.expanduser().absolute()
+    experiment = inputs.with_absolute_paths(composed.experiment)
+    chain = in_order(experiment)
+    names = [n for n in chain if n in select(experiment, stages)]
+    estimates = {e.to_json()["stage"]: e for e in plan(experiment, stages=names, force=force)}
+    through = launcher_of(launcher or experiment.cluster.launcher)
+    runs = [_run(root, experiment, name, chain.index(name) + 1) for name in names]
+    todo = _unfinished(runs, experiment)
+    for run in todo:
+        through.check(experiment, run.stage)
+    _check_needs(todo, experiment)
+    with ExitStack() as held:
+        for run in todo:
+            _make_folder(run)
+            held.enter_context(run.lock("run"))
+        runs = [_run(root, experiment, r.stage, r.index) for r in todo]
+        todo = _unfinished(runs, experiment, say=False)  # as it stands now that nobody else can change it
+        for run in todo:
+            if not _begun(run):
+                _write(run, experiment, estimates.get(run.stage))
+        if todo and not dry_run:
+            _launch(todo, through, experiment.tracking.uri)
+    return todo
+
+
+def resume(runs: Sequence[Run]) -> list[Run]:
+    """Queue those of ``runs`` that are not done, in order, from their newest checkpoints; return them.
+
+    A resumed run keeps its spec, its code and its MLflow run.
+
+    Raises:
+        LaunchError: one of them is running, or all are done.
+    """
+    todo = [run for run in runs if state(run) != "done"]
+    if not todo:
+        names = ", ".join(f"`{r.name}`" for r in runs)
+        raise LaunchError(
+            f"nothing to resume: {names} reached the last step",
+            hint="to train on, submit with more steps and a new `name=...`",
+        )
+    experiment = todo[0].spec()
+    with ExitStack() as held:
+        for run in todo:
+            held.enter_context(run.lock("run"))
+        todo = [Run.load(run.folder) for run in todo]
+        for run in todo:
+            _refuse_alive(run)
+        through = launcher_of(todo[0].submissions[-1].launcher if todo[0].submissions else experiment.cluster.launcher)
+        for run in todo:
+            through.check(experiment, run.stage)
+        _check_needs(todo, experiment)
+        _launch(todo, through, experiment.tracking.uri)
+    return todo
+
+
+def cancel(runs: Sequence[Run], *, now: bool = False) -> list[Run]:
+    """Ask those of ``runs`` that are alive to save and leave; with ``now``, end them. Return them.
+
+    Raises:
+        LaunchError: none is alive.
+    """
+    living = [run for run in runs if alive(run)]
+    if not living:
+        names = ", ".join(f"`{r.name}` is {state(r)}" for r in runs)
+        raise LaunchError(f"nothing to cancel: {names}", hint="`orch status` lists the runs")
+    for run in reversed(living):  # what waits for another first, or it would start
+        if alive(run):
+            launcher_of(run.submissions[-1].launcher).cancel(run, now=now)
+    return living
+
+
+def alive(run: Run) -> bool:
+    """Whether the run's launcher still knows its newest submission."""
+    return bool(run.submissions) and launcher_of(run.submissions[-1].launcher).alive(run)
+
+
+def state(run: Run) -> State:
+    """What the run's folder and its launcher say together."""
+    return run.state(alive=alive(run))
+
+
+def launcher_of(name: str) -> Launcher:
+    """The module ``launch/<name>.py``."""
+    return cast(Launcher, find("launch", name))
+
+
+# The experiment
+
+
+def select(experiment: Experiment, stages: Sequence[str]) -> list[str]:
+    """``stages``, or all of them. Raises ConfigError for one that the experiment has not."""
+    for name in stages:
+        if name not in experiment.stages:
+            hint = did_you_mean(name, [*experiment.stages])
+            raise ConfigError(f"no stage `{name}` in `{experiment.name}`", hint=hint)
+    return list(stages or experiment.stages)
+
+
+def in_order(experiment: Experiment) -> list[str]:
+    """All stages, each behind those it waits for, else as in the file."""
+    ordered: list[str] = []
+
+    def visit(name: str) -> None:
+        if name not in ordered:
+            for other in waits_for(experiment, name):
+                visit(other)
+            ordered.append(name)
+
+    for name in experiment.stages:
+        visit(name)
+    return ordered
+
+
+def waits_for(experiment: Experiment, stage: str) -> list[str]:
+    """The stages that must be done before ``stage`` starts."""
+    spec = experiment.stages[stage]
+    return [*([spec.init_from] if spec.init_from else []), *spec.after]
+
+
+# What a run needs before it may start
+
+
+def _unfinished(runs: Sequence[Run], experiment: Experiment, *, say: bool = True) -> list[Run]:
+    """Those of ``runs`` that are not done. Raises LaunchError for one that is alive, or of another config."""
+    begun = [run for run in runs if _begun(run)]
+    for run in begun:
+        _refuse_other_config(run, experiment)
+        _refuse_alive(run)
+    done = [run.name for run in begun if state(run) == "done"]
+    for name in done if say else []:
+        log.info("`%s` is done: passed over", name)
+    return [run for run in runs if run.name not in done]
+
+
+def _begun(run: Run) -> bool:
+    """Whether the run was ever handed on. If not, its folder may be rewritten: nothing depends on it."""
+    return bool(run.submissions) or (run.folder / "tracking.json").exists()
+
+
+def _refuse_alive(run: Run) -> None:
+    if alive(run):
+        raise LaunchError(
+            f"run `{run.name}` is {state(run)} already",
+            hint=f"`orch logs -f {run.name}` follows it, `orch cancel {run.name}` stops it",
+        )
+
+
+def _refuse_other_config(run: Run, experiment: Experiment) -> None:
+    """Raise LaunchError if what ``run`` computes, or from what, is not what ``experiment`` says."""
+    old, new = _what_counts(run.spec(), run.stage), _what_counts(experiment, run.stage)
+    differ = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    if differ:
+        first = "; ".join(f"`{k}` was {old.get(k)}, is {new.get(k)}" for k in differ[:3])
+        more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise LaunchError(
+            f"run `{run.name}` began with another config: {first}{more}",
+            hint=f"give the new one a name of its own, `name=...`, or go on with the old: `orch resume {run.name}`",
+        )
+
+
+def _check_needs(runs: Sequence[Run], experiment: Experiment) -> None:
+    """Raise unless all that ``runs``, started in this order, wait for and read is there or made by one of them."""
+    for i, run in enumerate(runs):
+        before = [r.stage for r in runs[:i]]
+        for other in waits_for(experiment, run.stage):
+            folder = run.folder.parent / other
+            done = (folder / "run.json").exists() and state(Run.load(folder)) == "done"
+            if other not in before and not done:
+                raise LaunchError(
+                    f"stage `{run.stage}` waits for `{other}`, which is not done",
+                    hint=f"submit both: `--stage {other} --stage {run.stage}`",
+                )
+        inputs.check(experiment, run.stage, before)
+
+
+def _what_counts(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """The settings that ``stage`` depends on, by dotted key: not the other stages, not where it runs."""
+
+    def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping) and value:
+            for name, below in value.items():
+                yield from flat(below, f"{key}.{name}" if key else str(name))
+        else:
+            yield key, value
+
+    whole = dataclasses.asdict(experiment)
+    whole["stages"] = {stage: whole["stages"].get(stage)}
+    for key in ("launcher", "slurm", "usd_per_gpu_hour"):
+        del whole["cluster"][key]
+    return dict(flat(whole))
+
+
+# The run folder
+
+
+def _run(root: Path, experiment: Experiment, stage: str, index: int) -> Run:
+    """The run of ``stage``, from disk or new."""
+    folder = root / experiment.name / stage
+    if (folder / "run.json").exists():
+        return Run.load(folder)
+    return Run(folder=folder, experiment=experiment.name, stage=stage, index=index, key=secrets.token_hex(8))
+
+
+def _make_folder(run: Run) -> None:
+    try:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        run.folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as e:
+        raise LaunchError(
+            f"cannot write to `{run.folder}`: {e.strerror}", hint="choose another folder with `--runs`"
+        ) from e
+
+
+def _write(run: Run, experiment: Experiment, estimate: Estimate | None) -> None:
+    """Write all that a run folder holds before the job starts, ``run.json`` last."""
+    from omegaconf import OmegaConf
+
+    write_atomic(run.folder / "spec.yaml", OmegaConf.to_yaml(OmegaConf.structured(experiment)))
+    write_json(run.folder / "plan.json", estimate.to_json() if estimate else None)
+    _copy_code(run.folder / "code")
+    (run.folder / "logs").mkdir(exist_ok=True)
+    run.save()
+
+
+def _copy_code(target: Path) -> None:
+    """Copy the code as it is now, uncommitted changes included, so that a resume months later runs the same."""
+    shutil.rmtree(target, ignore_errors=True)
+    for package in PACKAGES:
+        spec = find_spec(package)
+        assert spec and spec.origin  # noqa: S101
+        source = Path(spec.origin).parent
+        for file in source.rglob("*.py"):
+            copy = target / package / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _launch(runs: Sequence[Run], through: Launcher, uri: str | None) -> None:
+    """Open the MLflow runs, if MLflow is there, and hand over to the launcher."""
+    from orchestrator import track
+
+    try:
+        track.open_runs(list(runs), uri)
+    except TrackingError as e:
+        log.warning("%s; training goes on, and `orch sync` sends its metrics later", e)
+    through.submit(runs)
