@@ -1,0 +1,266 @@
+"""The rules a stage must keep before it is worth a GPU: what divides, what the engine can, what the cluster has.
+
+Each broken rule is a Problem with both numbers and the nearest values that keep it. The rules of 3D parallelism
+are Megatron's (Narayanan et al. 2021, arXiv:2104.04473, sections 2 and 3).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.registry import find
+from orchestrator.schedule import total_tokens
+from orchestrator.spec import ClusterSpec, Experiment, Limits, ModelSpec, StageSpec
+
+NO_BF16 = ("V100", "T4", "P100")  # NVIDIA before Ampere (CUDA C++ Programming Guide, section 20.1)
+
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "at least 1": (
+        lambda x: x >= 1,
+        "model.layers model.hidden model.heads model.vocab model.seq_len model.kv_heads model.ffn_hidden "
+        "model.window cluster.gpus_per_node cluster.nodes parallel.nodes parallel.tensor parallel.pipeline "
+        "parallel.micro_batch global_batch eval_samples save_every keep schedule.ramp_from schedule.ramp_step",
+    ),
+    "more than 0": (
+        lambda x: 0 < x < math.inf,
+        "model.norm_eps model.rope_theta cluster.gpu_memory_gb cluster.gpu_tflops cluster.checkpoint_gb_per_s "
+        "optimizer.lr optimizer.eps schedule.decay_tokens",
+    ),
+    "at least 0": (
+        lambda x: 0 <= x < math.inf,
+        "model.init_std cluster.usd_per_gpu_hour optimizer.weight_decay optimizer.clip schedule.warmup_tokens "
+        "schedule.ramp_tokens steps eval_every",
+    ),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "schedule.min_lr_ratio"),
+    "from 0 up to but not 1": (lambda x: 0 <= x < 1, "model.dropout data.val_fraction optimizer.betas"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One broken rule."""
+
+    message: str
+    hint: str = ""
+
+
+def check(experiment: Experiment, name: str) -> list[Problem]:
+    """Every rule that stage ``name`` breaks. A stage that does not run on every GPU has few to keep."""
+    stage, model, cluster = experiment.stages[name], experiment.model, experiment.cluster
+    found = list(_ranges(experiment, name))
+    if found:
+        return found  # the other rules divide by these numbers
+    found += _model(model)
+    if not find("jobs", stage.kind).PER_GPU:
+        return found
+    where = f"stages.{name}"
+    limits: Limits = find("jobs.engines", stage.engine).LIMITS
+    found += _machines(where, stage, cluster)
+    found += _split(where, stage, model)
+    found += _batch(where, stage, cluster)
+    found += _engine(where, stage, limits)
+    found += _schedule(where, stage, model)
+    return found
+
+
+def _ranges(experiment: Experiment, name: str) -> Iterator[Problem]:
+    """Numbers that no run can have."""
+    for words, (holds, keys) in RANGES.items():
+        for key in keys.split():
+            of_stage = key.split(".")[0] not in ("model", "cluster", "data")
+            value: Any = experiment.stages[name] if of_stage else experiment
+            for part in key.split("."):
+                value = getattr(value, part)
+            full = f"stages.{name}.{key}" if of_stage else key
+            for x in value if isinstance(value, tuple) else (value,):
+                if x is not None and not holds(x):
+                    yield Problem(message=f"`{full}` is {x:g}, and must be {words}")
+
+
+def _model(model: ModelSpec) -> Iterator[Problem]:
+    """A model that cannot be built."""
+    if model.hidden % model.heads:
+        yield Problem(
+            message=f"model: `hidden` {model.hidden} does not divide by `heads` {model.heads}",
+            hint=f"`model.heads` may be {_any(_divisors(model.hidden, model.heads))}",
+        )
+    elif model.position == "rope" and model.head_dim % 2:
+        yield Problem(
+            message=f"model: rope turns pairs, and `hidden` {model.hidden} / `heads` {model.heads} = {model.head_dim}",
+            hint="choose `model.heads` so that `hidden` / `heads` is even",
+        )
+    if model.kv_heads and model.heads % model.kv_heads:
+        yield Problem(
+            message=f"model: `heads` {model.heads} does not divide by `kv_heads` {model.kv_heads}",
+            hint=f"`model.kv_heads` may be {_any(_divisors(model.heads, model.kv_heads))}",
+        )
+    if model.attention != "dense" and model.window > model.seq_len:
+        yield Problem(
+            message=f"model: `window` {model.window} is longer than `seq_len` {model.seq_len}",
+            hint=f"`model.window` may be 1 to {model.seq_len}; or `model.attention=dense`",
+        )
+
+
+def _machines(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Problem]:
+    """Nodes there are not, a number format the GPU has not, tensor groups that leave a node."""
+    p = stage.parallel
+    if cluster.nodes is not None and p.nodes > cluster.nodes:
+        yield Problem(
+            message=f"`{where}.parallel.nodes` is {p.nodes}, and the cluster has {cluster.nodes}",
+            hint=f"`{where}.parallel.nodes` may be 1 to {cluster.nodes}",
+        )
+    if stage.precision == "bf16" and any(old in cluster.gpu.upper() for old in NO_BF16):
+        yield Problem(
+            message=f"`{where}.precision` is bf16, which `{cluster.gpu}` does not have",
+            hint=f"`{where}.precision=fp32`, or an A100 or newer",
+        )
+    if cluster.gpus_per_node % p.tensor:
+        yield Problem(
+            message=f"`{where}.parallel.tensor` {p.tensor} does not divide the {cluster.gpus_per_node} GPUs of a node; "
+            "its all-reduces would leave the node",
+            hint=f"`{where}.parallel.tensor` may be {_any(_divisors(cluster.gpus_per_node, p.tensor))}",
+        )
+
+
+def _split(where: str, stage: StageSpec, model: ModelSpec) -> Iterator[Problem]:
+    """Layers over pipeline stages, everything inside a layer over tensor."""
+    p = stage.parallel
+    if model.layers % p.pipeline:
+        yield Problem(
+            message=f"`model.layers` {model.layers} do not split into `{where}.parallel.pipeline` {p.pipeline}",
+            hint=f"`{where}.parallel.pipeline` may be {_any(_divisors(model.layers, p.pipeline))}",
+        )
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "ffn_hidden": model.ffn, "vocab": model.vocab}
+    for key, size in sizes.items():
+        if size and size % p.tensor:
+            legal = _multiples(size, p.tensor) if key in ("vocab", "ffn_hidden") else []
+            yield Problem(
+                message=f"`model.{key}` {size} does not split over `{where}.parallel.tensor` {p.tensor}",
+                hint=f"`model.{key}` may be {_any(legal)}"
+                if legal
+                else f"`{where}.parallel.tensor` may be {_any(_divisors(size, p.tensor))}",
+            )
+
+
+def _batch(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Problem]:
+    """World over tensor x pipeline, batches over data x micro_batch."""
+    p, s = stage.parallel, stage.schedule
+    world, cut = p.nodes * cluster.gpus_per_node, p.tensor * p.pipeline
+    if world % cut:
+        unit = math.lcm(cut, cluster.gpus_per_node) // cluster.gpus_per_node
+        yield Problem(
+            message=f"`{where}`: {world} GPUs ({p.nodes} nodes x {cluster.gpus_per_node}) do not divide by tensor "
+            f"{p.tensor} x pipeline {p.pipeline} = {cut}",
+            hint=f"`{where}.parallel.nodes` may be {_any(_multiples(p.nodes, unit))}",
+        )
+        return
+    data = world // cut
+    each = data * p.micro_batch
+    batches = {"global_batch": stage.global_batch, "schedule.ramp_from": s.ramp_from, "schedule.ramp_step": s.ramp_step}
+    for key, size in batches.items():
+        if size and size % each:
+            yield Problem(
+                message=f"`{where}.{key}` {size} does not divide by data {data} x micro_batch {p.micro_batch} = {each}",
+                hint=f"`{where}.{key}` may be {_any(_multiples(size, each))}",
+            )
+
+
+def _engine(where: str, stage: StageSpec, limits: Limits) -> Iterator[Problem]:
+    """What the engine's LIMITS do not allow."""
+    p, engine = stage.parallel, f"engine `{stage.engine}`"
+    if p.pipeline > 1 and not limits.zero_with_pipeline:
+        yield Problem(
+            message=f"`{where}.parallel.pipeline` is {p.pipeline}, and {engine} has no pipeline",
+            hint=f"`{where}.parallel.pipeline=1`, with `zero: 3` to spread the weights",
+        )
+    allowed = limits.zero_with_pipeline if p.pipeline > 1 and limits.zero_with_pipeline else limits.zero
+    if p.zero not in allowed:
+        beside = " with a pipeline" if allowed is not limits.zero else ""
+        yield Problem(
+            message=f"`{where}.parallel.zero` is {p.zero}, which {engine} cannot do{beside}",
+            hint=f"`{where}.parallel.zero` may be {_any(allowed)}",
+        )
+    if p.tensor > 1 and not limits.tensor:
+        yield Problem(
+            message=f"`{where}.parallel.tensor` is {p.tensor}, and {engine} does not split tensors",
+            hint=f"`{where}.parallel.tensor=1`, with `zero: 3` to spread the weights",
+        )
+    if p.offload != "none" and p.zero not in limits.offload.get(p.offload, ()):
+        levels = limits.offload.get(p.offload, ())
+        yield Problem(
+            message=f"`{where}.parallel.offload` is {p.offload}, which {engine} cannot do with `zero` {p.zero}",
+            hint=f"`{where}.parallel.zero` may be {_any(levels)}" if levels else f"`{where}.parallel.offload=none`",
+        )
+    if stage.precision not in limits.precision:
+        yield Problem(
+            message=f"`{where}.precision` is {stage.precision}, which {engine} cannot do",
+            hint=f"it may be {_any(limits.precision)}",
+        )
+    if stage.engine_config and not limits.owned:
+        yield Problem(message=f"`{where}.engine_config` has keys, and {engine} takes none", hint="take them out")
+    for key in limits.owned:
+        if _has(stage.engine_config, key):
+            yield Problem(
+                message=f"`{where}.engine_config.{key}` is the plan's to set",
+                hint=f"take it out; `{where}` says it in `parallel`, `global_batch`, `precision` or `optimizer`",
+            )
+
+
+def _schedule(where: str, stage: StageSpec, model: ModelSpec) -> Iterator[Problem]:
+    """Steps, warm-up, decay and ramp in an order that makes sense."""
+    s = stage.schedule
+    if stage.steps < 1:
+        yield Problem(
+            message=f"`{where}.steps` is {stage.steps}, and kind `{stage.kind}` trains",
+            hint=f"such as `{where}.steps=1000`",
+        )
+        return
+    if s.ramp_from is None and (s.ramp_tokens or s.ramp_step):
+        yield Problem(message=f"`{where}.schedule` has a ramp without `ramp_from`", hint="say where the batch begins")
+    if s.ramp_from is not None and not s.ramp_tokens:
+        yield Problem(
+            message=f"`{where}.schedule.ramp_from` is {s.ramp_from}, and `ramp_tokens` is 0",
+            hint="say after how many tokens the batch is whole, or `ramp_from: null`",
+        )
+        return
+    if s.ramp_from is not None and s.ramp_from > stage.global_batch:
+        yield Problem(
+            message=f"`{where}.schedule.ramp_from` {s.ramp_from} is more than `global_batch` {stage.global_batch}",
+            hint="a ramp goes up",
+        )
+        return
+    total = total_tokens(stage, model.seq_len)
+    end, what = (total, "the whole run") if s.decay_tokens is None else (s.decay_tokens, "`decay_tokens`")
+    for last, name in ((end, what), (total, "the whole run")):
+        if s.warmup_tokens > last:
+            yield Problem(
+                message=f"`{where}.schedule.warmup_tokens` {s.warmup_tokens:.4g} is more than {name}: {last:.4g}",
+                hint=f"`{where}.schedule.warmup_tokens` may be 0 to {last:.4g}",
+            )
+            return
+
+
+def _has(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the dotted ``key`` is in ``config``."""
+    first, _, rest = key.partition(".")
+    below = config.get(first)
+    return first in config if not rest else isinstance(below, Mapping) and _has(below, rest)
+
+
+def _divisors(n: int, near: int, count: int = 4) -> list[int]:
+    """The divisors of ``n`` nearest to ``near``, in order."""
+    every = [d for d in range(1, n + 1) if n % d == 0]
+    return sorted(sorted(every, key=lambda d: abs(d - near))[:count])
+
+
+def _multiples(n: int, unit: int) -> list[int]:
+    """The multiples of ``unit`` below and above ``n``."""
+    below = n // unit * unit
+    return [m for m in (below, below + unit) if m]
+
+
+def _any(values: Any) -> str:
+    """`2, 4 or 8`."""
+    *most, last = [str(v) for v in values]
+    return f"{', '.join(most)} or {last}" if most else last
