@@ -181,20 +181,18 @@ def draw_loss(run: Run) -> Path | None:
     path, metrics = run.folder / "loss-curve.png", run.folder / "metrics.jsonl"
     if path.exists() and metrics.exists() and path.stat().st_mtime_ns >= metrics.stat().st_mtime_ns:
         return path
+    lines = run.metrics().values()
+    curves = {key: [(x["tokens"], x[key]) for x in lines if key in x] for key in ("train/loss", "val/loss")}
+    if not any(curves.values()):
+        return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = run.metrics().values()
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    drawn = 0
-    for key, style in (("train/loss", {"lw": 1}), ("val/loss", {"marker": "o", "ms": 4})):
-        points = [(line["tokens"], line[key]) for line in lines if key in line]
+    for key, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), label=key, **style)
-            drawn += len(points)
-    if not drawn:
-        return None
+            axes.plot(*zip(*points, strict=True), label=key, marker="o" if key == "val/loss" else "", ms=4, lw=1)
     for i, (name, loss) in enumerate(sorted(dataset(run).get("baselines", {}).items())):
         axes.axhline(loss, ls="--", lw=1, color=f"C{i + 2}", label=f"{name} {loss:.2f}")
     axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title=run.name)
@@ -208,5 +206,7 @@ def draw_loss(run: Run) -> Path | None:
 
 def dataset(run: Run) -> dict[str, Any]:
     """What `prepare` says of the data this run reads; empty before it ran."""
-    found: dict[str, Any] = read_json(Path(run.spec().data.folder) / "dataset.json", {})
-    return found
+    try:
+        return dict(read_json(Path(run.spec().data.folder) / "dataset.json", {}))
+    except ValueError:  # damaged; the job itself says so
+        return {}

@@ -5,6 +5,7 @@ and draw no curves (seen in 3.17.2), so lineage stands in tags.
 """
 
 import getpass
+import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -85,10 +86,11 @@ def _tags(run: Run) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of the checkout this code runs from; empty where it was installed from a wheel."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the checkout this code runs from; empty where this file is not of one."""
+    here = Path(__file__)
+    command = ["git", "-C", str(here.parent), "rev-parse", "HEAD", f"HEAD:./{here.name}"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split()[0]
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -138,8 +140,7 @@ def log_dataset(client: "MlflowClient", run: Run, sent: Sent) -> str:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     described = dashboard.dataset(run)
-    digest = str(described.get("fingerprint", ""))[:36]  # MLflow's limit
-    if not digest or digest == sent.dataset:
+    if not described or (digest := _digest(described)) == sent.dataset:
         return sent.dataset
     folder = Path(run.spec().data.folder).resolve()
     entry = Dataset(
@@ -147,7 +148,17 @@ def log_dataset(client: "MlflowClient", run: Run, sent: Sent) -> str:
         digest=digest,
         source_type="local",
         source=json.dumps({"uri": str(folder)}),
-        profile=json.dumps({k: v for k, v in described.items() if isinstance(v, int | float | str)}),
+        profile=json.dumps(described.get("sources")),
     )
     client.log_inputs(sent.run_id, datasets=[DatasetInput(entry, [InputTag("mlflow.data.context", "training")])])
     return digest
+
+
+def _digest(described: dict[str, Any]) -> str:
+    """One hash of all the hashes `prepare` noted, of tokenizer and shards; 32 characters, as MLflow takes 36."""
+    sources = {
+        name: {split: source.get(split) for split in ("train", "val")}
+        for name, source in described.get("sources", {}).items()
+    }
+    content = json.dumps([described.get("tokenizer_sha256"), sources], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,6 +1,5 @@
 """Where MLflow is, how to reach it, and what it knows of a run."""
 
-import http.client
 import logging
 import os
 import re
@@ -90,6 +89,8 @@ def connect(uri: str) -> "Iterator[MlflowClient]":
 
 def _knock(uri: str) -> None:
     """Fail soon where nobody answers, before MLflow is imported. Any answer will do."""
+    import http.client
+    import urllib.error
     import urllib.request
 
     with suppress(urllib.error.HTTPError, http.client.HTTPException):

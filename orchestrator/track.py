@@ -298,7 +298,8 @@ def follow(run: Run, parent: int | None = None, since: float = 0.0) -> None:
         alive = not ending if mine in ("", newest) else None
         try:
             if ending or _has_news(run):
-                log.info("sent %d lines", _bring_up_to_date(run, alive=alive))
+                lines = _bring_up_to_date(run, alive=alive)
+                log.info("%d lines sent", lines)
             if ending:
                 return
             pause_s = POLL_S

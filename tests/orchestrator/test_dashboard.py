@@ -1,0 +1,129 @@
+"""The dashboard as a person gets it: the printed address in a real browser, from a real server."""
+
+import json
+import shutil
+import socket
+import time
+import urllib.request
+
+import psutil
+import pytest
+from browser import Browser
+from tracked import end, free_port, make_chain, start, wait_for
+
+from orchestrator import dashboard, track
+from orchestrator.errors import TrackingError
+from orchestrator.store import Sent, connect
+
+# What plotly has drawn, by the chart's title: {title: {legend entry: [[x...], [y...]]}}
+CURVES = """Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].map(plot => [
+    plot.closest('[data-testid=experiment-view-compare-runs-card]').innerText.split('\\n')[0],
+    Object.fromEntries(plot.data.filter(t => t.x && t.x.length).map(t => [t.name, [[...t.x], [...t.y]]]))]))"""
+TEXT = "document.body ? document.body.innerText : ''"
+
+
+def fill(run, steps: int, scale: float) -> dict[str, list]:
+    """Log and send a run; return its training loss as [[steps], [values]]."""
+    attempt = start(run)
+    lines = track.Metrics(run, "1")
+    loss = [scale / (1 + step) for step in range(1, steps + 1)]
+    for step, value in enumerate(loss, 1):
+        values = {"train/loss": value, "train/lr": 1e-3, "train/grad_norm": 1.0, "perf/tokens_per_s": 9.0}
+        lines.log(step, values | ({"val/loss": value} if step % 10 == 0 else {}), tokens=step)
+    lines.close()
+    end(run, attempt, "done")
+    track.sync(run)
+    return [list(range(1, steps + 1)), loss]
+
+
+def test_addresses_are_of_one_store_and_newest_first(tmp_path):
+    for name, uri, submitted_at in (("old", None, 1.0), ("new", None, 2.0), ("elsewhere", "http://10.0.0.1:5", 3.0)):
+        for run in make_chain(tmp_path, name=name, uri=uri):
+            run.submissions[0].submitted_at = submitted_at
+            run.save()
+            Sent(uri=track.tracking_uri(tmp_path, uri), experiment_id=f"id-{name}", run_id="r").save(run)
+    unheard_of = make_chain(tmp_path, name="untracked")[0]
+    base = "http://127.0.0.1:1"
+    found = dashboard.addresses(tmp_path, None, base)
+    assert [name for name, _ in found] == ["new", "old"]
+    assert "/#/experiments/id-new/runs?compareRunsMode=CHART" in found[0][1]
+    assert [name for name, _ in dashboard.addresses(tmp_path, "http://10.0.0.1:5", base)] == ["elsewhere"]
+    assert dashboard.dashboard_url(unheard_of, base) is None
+
+
+def test_the_loss_curve_is_drawn_with_its_baselines(tmp_path):
+    run = make_chain(tmp_path)[0]
+    assert dashboard.draw_loss(run) is None
+    fill_only = track.Metrics(run, "1")
+    fill_only.log(1, {"train/loss": 5.0, "val/loss": 5.1}, tokens=1000)
+    fill_only.log(2, {"train/loss": 4.0}, tokens=2000)
+    fill_only.close()
+    plain = dashboard.draw_loss(run).read_bytes()
+    assert plain.startswith(b"\x89PNG")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"baselines": {"unigram": 5.3, "bigram": 3.6}}))
+    assert dashboard.draw_loss(run).read_bytes() == plain  # nothing new was logged
+    (run.folder / "loss-curve.png").unlink()
+    assert dashboard.draw_loss(run).read_bytes() != plain
+
+
+def test_a_server_elsewhere_needs_none_here(tmp_path):
+    with dashboard.serve(tmp_path, "https://me:pa55@mlflow.example.org/x") as base:
+        assert base == "https://mlflow.example.org/x"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_says_where_to_look(tmp_path):
+    with pytest.raises(TrackingError, match="ended with status") as caught:
+        with dashboard.serve(tmp_path, "nonsense://x"):
+            pass
+    assert str(tmp_path / "mlflow-server.log") in caught.value.hint
+
+
+@pytest.mark.slow
+def test_the_printed_address_shows_every_stage(tmp_path):
+    assert shutil.which("chromium"), "this test needs Chromium: `apt install chromium`"
+    runs = make_chain(tmp_path)
+    track.open_runs(runs, None)
+    expected = {"1-pretrain": fill(runs[0], 100, 5.0), "2-sft": fill(runs[1], 60, 2.0)}
+    empty = make_chain(tmp_path, name="empty")  # submitted; nothing logged yet
+    track.open_runs(empty, None)
+    port = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with dashboard.serve(tmp_path, None, port) as base, Browser(tmp_path / "profile") as browser:
+            assert not base.endswith(f":{port}")
+            servers = psutil.Process().children(recursive=True)
+            servers = [p for p in servers if "mlflow" in " ".join(p.cmdline()) and "chrom" not in p.name()]
+            assert sum(p.memory_info().rss for p in servers) < 0.7e9
+            assert len(servers) <= 3
+
+            pages = dict(dashboard.addresses(tmp_path, None, base))
+            assert pages["demo"] == dashboard.dashboard_url(runs[0], base)
+            browser.open(pages["demo"])
+            drawn = wait_for(lambda: (c := browser.evaluate(CURVES)) and len(c.get("train/loss", {})) == 2 and c)
+            for name, (steps, loss) in expected.items():
+                x, y = drawn["train/loss"][name]
+                assert x == steps
+                assert y == pytest.approx(loss, rel=1e-12)
+                assert drawn["val/loss"][name][0] == [step for step in steps if step % 10 == 0]
+            assert {"train/loss", "val/loss", "train/lr", "train/grad_norm"} <= set(drawn)
+            browser.screenshot(tmp_path / "dashboard.png")
+
+            browser.open(pages["empty"])  # the same question has another answer where there is nothing to draw
+            wait_for(lambda: "1-pretrain" in browser.evaluate(TEXT))
+            time.sleep(3)
+            browser.screenshot(tmp_path / "empty.png")
+            assert not any(browser.evaluate(CURVES).values())
+
+            run_id = Sent.load(runs[0]).run_id
+            curve = urllib.request.urlopen(f"{base}/get-artifact?run_uuid={run_id}&path=loss-curve.png").read()  # noqa: S310
+            assert curve == (runs[0].folder / "loss-curve.png").read_bytes()
+            with connect(base) as client:
+                assert client.get_run(run_id).info.status == "FINISHED"
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in servers)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("demo", "empty", "mlartifacts", "mlflow.db", "mlflow-server.log", "profile", "dashboard.png", "empty.png")
+    }
