@@ -57,7 +57,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
     where = f"stages.{name}"
     limits: Limits = find("jobs.engines", stage.engine).LIMITS
     found += _machines(where, stage, cluster)
-    found += _split(where, stage, model)
+    found += _split(where, stage, model, cluster)
     found += _batch(where, stage, cluster)
     found += _engine(where, stage, limits)
     found += _schedule(where, stage, model)
@@ -123,7 +123,7 @@ def _machines(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Pr
         )
 
 
-def _split(where: str, stage: StageSpec, model: ModelSpec) -> Iterator[Problem]:
+def _split(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec) -> Iterator[Problem]:
     """Layers over pipeline stages, everything inside a layer over tensor."""
     p = stage.parallel
     if model.layers % p.pipeline:
@@ -139,7 +139,7 @@ def _split(where: str, stage: StageSpec, model: ModelSpec) -> Iterator[Problem]:
                 message=f"`model.{key}` {size} does not split over `{where}.parallel.tensor` {p.tensor}",
                 hint=f"`model.{key}` may be {_any(legal)}"
                 if legal
-                else f"`{where}.parallel.tensor` may be {_any(_divisors(size, p.tensor))}",
+                else f"`{where}.parallel.tensor` may be {_any(_divisors(math.gcd(size, cluster.gpus_per_node), p.tensor))}",
             )
 
 

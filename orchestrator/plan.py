@@ -194,11 +194,11 @@ def _memory_gb(model: ModelSpec, stage: StageSpec, data: int, micro_batches: int
 
     per_layer = _layer_activation_bytes(model, p, w_bytes)
     layers = model.layers // p.pipeline
+    held: float = per_layer * layers
+    at_work: float = 0
     if p.recompute == "full":  # [K] section 5: the input of each layer, and one layer at work
         held = w_bytes * model.seq_len * p.micro_batch * model.hidden * layers
         at_work = per_layer
-    else:
-        held, at_work = per_layer * layers, 0.0
     logits = min(LOGITS_BYTES, w_bytes * model.seq_len * p.micro_batch * model.vocab / p.tensor)
     in_flight = min(p.pipeline, micro_batches)  # 1F1B, [N] section 2.2.1
     activations = held * in_flight + at_work + (logits if p.pipeline == 1 else 0)

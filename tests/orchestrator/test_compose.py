@@ -89,7 +89,7 @@ def test_yaml_loads_back(folder: Path) -> None:
     assert compose(again).experiment == composed.experiment
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20).filter(
         lambda t: "$" not in t and t != "???"  # interpolation and the mark of a missing value
@@ -261,7 +261,7 @@ def test_files_that_are_not_there(folder: Path) -> None:
     assert str(e.value) == "no such config: `configs/gpt3-175.yaml`"
     assert e.value.hint == "did you mean `gpt3-175b`?"
     (folder / "latin.yaml").write_bytes(b"name: \xe9\n")
-    with pytest.raises(ConfigError, match="cannot read `latin.yaml`"):
+    with pytest.raises(ConfigError, match=r"cannot read `latin\.yaml`"):
         compose("latin.yaml")
 
 
@@ -337,7 +337,6 @@ def test_an_installed_wheel_finds_the_presets(tmp_path: Path) -> None:
         "pip",
         "wheel",
         "--no-deps",
-        "--no-build-isolation",
         "-q",
         "-w",
         str(tmp_path),

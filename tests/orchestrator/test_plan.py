@@ -1,0 +1,282 @@
+"""The plan against published numbers, and one problem with a way out for each rule broken."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.compose import compose
+from orchestrator.errors import ConfigError, PlanError
+from orchestrator.plan import FAILURES_PER_NODE_S, Estimate, check, estimate, plan, signal_lead_s
+from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, ParallelPlan, ScheduleSpec, StageSpec
+
+A100 = ClusterSpec(gpu="A100-SXM4-80GB", gpus_per_node=8, gpu_memory_gb=80, gpu_tflops=312)
+GPT3 = ModelSpec(layers=96, hidden=12288, heads=96, vocab=51200)
+TRAIN = StageSpec(kind="pretrain", engine="deepspeed", global_batch=16, steps=10)
+
+
+def experiment(
+    *, model: ModelSpec = GPT3, cluster: ClusterSpec = A100, stage: StageSpec = TRAIN, **parallel: Any
+) -> Experiment:
+    stage = replace(stage, parallel=replace(stage.parallel, **parallel))
+    return Experiment(name="x", model=model, cluster=cluster, stages={"s": stage})
+
+
+# Published numbers
+
+
+@pytest.mark.parametrize(
+    ("data", "zero", "gb"),
+    [
+        # Rajbhandari et al. 2020, table 1, 7.5B parameters
+        (1, 1, 120), (4, 1, 52.5), (4, 2, 41.3), (4, 3, 30), (16, 1, 35.6), (16, 2, 21.6), (16, 3, 7.5),
+        (64, 1, 31.4), (64, 2, 16.6), (64, 3, 1.88), (256, 2, 15.4), (256, 3, 0.47), (1024, 1, 30.1), (1024, 2, 15.1),
+    ],
+)  # fmt: skip
+def test_model_states_are_zeros_table_1(data: int, zero: int, gb: float) -> None:
+    cluster, stage = replace(A100, gpus_per_node=data), replace(TRAIN, global_batch=data)
+    e = estimate(experiment(cluster=cluster, stage=stage, zero=zero), "s")
+    states = sum(e.memory_gb[key] for key in ("weights", "gradients", "optimizer"))
+    assert states / GPT3.params * 7.5e9 == pytest.approx(gb, rel=0.01)
+
+
+def test_offload_leaves_what_zero_offload_leaves() -> None:
+    # Ren et al. 2021, arXiv:2101.06840, section 4: with ZeRO-2, 2 bytes a parameter stay on the GPU.
+    e = estimate(experiment(zero=2, offload="optimizer"), "s")
+    assert e.memory_gb["weights"] == pytest.approx(2 * GPT3.params / 1e9)
+    assert e.memory_gb["gradients"] == e.memory_gb["optimizer"] == 0
+
+
+@pytest.mark.parametrize(("tensor", "factor"), [(1, 34), (2, 22), (8, 13)])
+def test_activations_of_a_layer(tensor: int, factor: float) -> None:
+    # Korthikanti et al. 2022, table 2: s b h (10 + 24 / t), selective recompute, dropout.
+    model = replace(GPT3, dropout=0.1)
+    few, many = (
+        estimate(experiment(model=replace(model, layers=n), tensor=tensor, micro_batch=2), "s").memory_gb["activations"]
+        for n in (4, 12)
+    )
+    assert (many - few) * 1e9 / 8 == pytest.approx(2048 * 2 * 12288 * factor)
+
+
+def test_activations_of_the_first_stage_do_not_depend_on_pipeline() -> None:
+    # Korthikanti et al. 2022, section 4.2.3: 1F1B keeps `pipeline` micro-batches of L / pipeline layers.
+    stage = replace(TRAIN, global_batch=64)
+    sizes = [estimate(experiment(stage=stage, nodes=p, pipeline=p), "s").memory_gb["activations"] for p in (2, 4, 8)]
+    assert sizes == pytest.approx([sizes[0]] * 3)
+    full = estimate(experiment(stage=stage, nodes=8, pipeline=8, recompute="full"), "s").memory_gb["activations"]
+    one = sizes[0] / 96
+    assert full - one == pytest.approx(2 * 2048 * 12288 * 96 / 1e9)  # 2 s b h L, section 5
+
+
+def test_flops_are_narayanans_equation_3() -> None:
+    b, s, layers, h, v = 16, 2048, 96, 12288, 51200
+    e = estimate(experiment(recompute="full"), "s")
+    expected = 96 * b * s * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
+    assert e.hfu * e.step_s * e.world * 312e12 == pytest.approx(expected)
+    assert e.model_tflops_per_gpu == pytest.approx(e.mfu * 312)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "parallel", "tflops", "days"),
+    [
+        (1024, {"tensor": 8, "zero": 1}, 140, 34),  # section 5.1, 300B tokens
+        (384, {"zero": 3, "micro_batch": 4}, 144, 90),  # table 2, ZeRO-3
+        (768, {"zero": 3, "micro_batch": 2}, 88, 74),
+        (1536, {"zero": 3}, 44, 74),
+    ],
+)
+def test_days_are_narayanans(gpus: int, parallel: dict[str, Any], tflops: float, days: float) -> None:
+    stage = replace(TRAIN, global_batch=1536, steps=round(300e9 / 1536 / 2048))
+    e = estimate(experiment(stage=stage, nodes=gpus // 8, recompute="full", **parallel), "s", mfu=tflops / 312)
+    assert e.days == pytest.approx(days, rel=0.03)
+    assert e.gpu_hours == pytest.approx(e.days * 24 * gpus)
+
+
+@pytest.mark.parametrize(("layers", "hidden", "mfu", "hfu"), [(48, 6144, 41.5, 43.7), (96, 12288, 51.4, 52.8)])
+def test_selective_recompute_costs_what_korthikanti_prints(layers: int, hidden: int, mfu: float, hfu: float) -> None:
+    model = ModelSpec(layers=layers, hidden=hidden, heads=64, vocab=51200)  # table 5
+    e = estimate(experiment(model=model, recompute="selective"), "s")
+    assert e.hfu / e.mfu == pytest.approx(hfu / mfu, rel=0.002)
+
+
+def test_bubble() -> None:
+    stage = replace(TRAIN, global_batch=128)
+    e = estimate(experiment(stage=stage, nodes=8, tensor=8, pipeline=8), "s")
+    assert (e.micro_batches, e.bubble) == (128, 7 / 128)  # Narayanan et al. 2021, section 2.2.1
+    assert e.mfu == pytest.approx(0.45 / (1 + 7 / 128))
+
+
+@pytest.mark.parametrize(
+    ("model", "terabytes"),
+    [(GPT3, 2.44), (ModelSpec(layers=128, hidden=25600, heads=160, vocab=51200), 13.8)],  # Narayanan, section 5.10
+)
+def test_checkpoint_size(model: ModelSpec, terabytes: float) -> None:
+    assert estimate(experiment(model=model), "s").checkpoint_gb == pytest.approx(terabytes * 1000, rel=0.025)
+
+
+def test_the_optimal_interval_loses_least() -> None:
+    e = estimate(experiment(stage=replace(TRAIN, global_batch=384, steps=10**9), nodes=48), "s")
+
+    def lost(steps: float) -> float:
+        """Share of time spent on saving and on repeating half an interval after each failure."""
+        return e.save_s / (steps * e.step_s) + steps * e.step_s / 2 * 48 * FAILURES_PER_NODE_S
+
+    best = e.save_every_optimal_steps
+    assert lost(best) < min(lost(best * 1.05), lost(best * 0.95))
+
+
+def test_a_ramp_is_counted() -> None:
+    ramp = ScheduleSpec(ramp_from=8, ramp_step=8, ramp_tokens=24 * 2048)
+    e = estimate(experiment(stage=replace(TRAIN, global_batch=24, steps=5, schedule=ramp)), "s")
+    # batches by hand: 8 (grown 0 of 16), 8 (5.3), 16 (10.7), then 24, 24: 80 sequences
+    assert e.days * 86400 == pytest.approx(e.step_s * 80 / 24)
+
+
+def test_signal_lead() -> None:
+    e = estimate(experiment(), "s")
+    assert signal_lead_s(e) == 60 + math.ceil(2 * e.save_s)
+    assert signal_lead_s(None) == 60
+
+
+def test_keys_of_the_json() -> None:
+    keys = (
+        "stage engine params world data tensor pipeline micro_batches memory_gb gpu_memory_gb fits step_s tokens_per_s "
+        "model_tflops_per_gpu mfu hfu bubble days gpu_hours usd checkpoint_gb save_s save_every_optimal_steps"
+    )
+    e = estimate(experiment(), "s").to_json()
+    assert list(e) == keys.split()
+    assert list(e["memory_gb"]) == ["weights", "gradients", "optimizer", "activations", "other", "total"]
+    assert e["memory_gb"]["total"] == pytest.approx(sum(e["memory_gb"].values()) / 2)
+
+
+# Rules
+
+S = "stages.pretrain"
+RULES = [
+    ([f"{S}.parallel.nodes=0"], f"`{S}.parallel.nodes` is 0, and must be at least 1", ""),
+    ([f"{S}.optimizer.lr=0"], f"`{S}.optimizer.lr` is 0, and must be more than 0", ""),
+    ([f"{S}.optimizer.lr=.nan"], f"`{S}.optimizer.lr` is nan, and must be more than 0", ""),
+    ([f"{S}.optimizer.betas=[0.9, 1]"], f"`{S}.optimizer.betas` is 1, and must be from 0 up to but not 1", ""),
+    (["model.dropout=1.5"], "`model.dropout` is 1.5", ""),
+    (["model.heads=7"], "`hidden` 768 does not divide by `heads` 7", "`model.heads` may be 3, 4, 6 or 8"),
+    (["model.kv_heads=5"], "`heads` 12 does not divide by `kv_heads` 5", "`model.kv_heads` may be 2, 3, 4 or 6"),
+    (["model.heads=256", "model.position=rope"], "rope turns pairs, and `hidden` 768 / `heads` 256 = 3", "even"),
+    (["model.window=4096"], "`window` 4096 is longer than `seq_len` 2048", "may be 1 to 2048"),
+    (["cluster.nodes=2", f"{S}.parallel.nodes=4"], f"`{S}.parallel.nodes` is 4, and the cluster has 2", "1 to 2"),
+    (["cluster=v100-32g"], f"`{S}.precision` is bf16, which `V100-SXM2-32GB` does not have", f"{S}.precision=fp32"),
+    ([f"{S}.parallel.tensor=16"], "16 does not divide the 8 GPUs of a node", "may be 1, 2, 4 or 8"),
+    ([f"{S}.parallel.tensor=2"], "engine `deepspeed` does not split tensors", f"{S}.parallel.tensor=1"),
+    ([f"{S}.parallel.tensor=2"], "`model.vocab` 50257 does not split", "`model.vocab` may be 50256 or 50258"),
+    ([f"{S}.parallel.tensor=8"], "`model.heads` 12 does not split", f"`{S}.parallel.tensor` may be 1, 2 or 4"),
+    ([f"{S}.parallel.pipeline=5"], "`model.layers` 12 do not split", f"`{S}.parallel.pipeline` may be 2, 3, 4 or 6"),
+    ([f"{S}.parallel.pipeline=3"], "8 GPUs (1 nodes x 8) do not divide by tensor 1 x pipeline 3 = 3", "may be 3"),
+    ([f"{S}.parallel.pipeline=2"], "engine `deepspeed` has no pipeline", f"{S}.parallel.pipeline=1"),
+    ([f"{S}.global_batch=250"], "250 does not divide by data 8 x micro_batch 2 = 16", "may be 240 or 256"),
+    ([f"{S}.schedule.ramp_from=12"], "12 does not divide by data 8 x micro_batch 2 = 16", "may be 16"),
+    ([f"{S}.schedule.ramp_step=40"], "40 does not divide by data 8 x micro_batch 2 = 16", "may be 32 or 48"),
+    ([f"{S}.schedule.ramp_from=512"], "512 is more than `global_batch` 256", "a ramp goes up"),
+    ([f"{S}.schedule.ramp_tokens=0"], "`ramp_tokens` is 0", "ramp_from: null"),
+    ([f"{S}.schedule.ramp_from=null"], "has a ramp without `ramp_from`", ""),
+    ([f"{S}.engine=torch"], "`stages.pretrain.parallel.zero` is 1, which engine `torch` cannot do", "may be 0, 2 or 3"),
+    ([f"{S}.parallel.offload=all"], "cannot do with `zero` 1", f"`{S}.parallel.zero` may be 3"),
+    ([f"{S}.engine_config.zero_optimization.stage=3"], "zero_optimization.stage` is the plan's to set", "take it out"),
+    ([f"{S}.engine_config={{bf16: {{enabled: true}}}}"], "engine_config.bf16` is the plan's to set", "take it out"),
+    ([f"{S}.engine=torch", f"{S}.engine_config.x=1"], "engine `torch` takes none", "take them out"),
+    ([f"{S}.steps=0"], f"`{S}.steps` is 0, and kind `pretrain` trains", f"such as `{S}.steps=1000`"),
+    ([f"{S}.steps=10"], "warmup_tokens` 3.75e+08 is more than the whole run: 3.277e+05", "may be 0 to 3.277e+05"),
+    ([f"{S}.schedule.decay_tokens=1e8"], "is more than `decay_tokens`: 1e+08", "may be 0 to 1e+08"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message", "hint"), RULES)
+def test_broken_rules(overrides: list[str], message: str, hint: str) -> None:
+    problems = check(compose("gpt3-125m", overrides).experiment, "pretrain")
+    found = [p for p in problems if message in p.message]
+    assert found, problems
+    assert hint in found[0].hint
+
+
+def test_keys_of_deepspeed_that_the_plan_does_not_own_pass() -> None:
+    overrides = [f"{S}.engine_config={{zero_optimization: {{overlap_comm: true}}, wall_clock_breakdown: true}}"]
+    assert check(compose("gpt3-125m", overrides).experiment, "pretrain") == []
+
+
+@given(
+    nodes=st.integers(1, 6),
+    micro_batch=st.integers(1, 6),
+    global_batch=st.integers(1, 400),
+    ramp=st.one_of(st.none(), st.integers(1, 100)),
+)
+def test_what_passes_divides_and_the_hint_helps(
+    nodes: int, micro_batch: int, global_batch: int, ramp: int | None
+) -> None:
+    schedule = ScheduleSpec(ramp_from=ramp, ramp_tokens=1e6 if ramp else 0)
+    stage = replace(TRAIN, global_batch=global_batch, schedule=schedule)
+    e = experiment(stage=stage, nodes=nodes, micro_batch=micro_batch)
+    problems = check(e, "s")
+    if not problems:
+        done = estimate(e, "s")
+        assert done.world == done.data * done.tensor * done.pipeline == nodes * 8
+        assert global_batch == done.micro_batches * done.data * micro_batch
+    for problem in problems:
+        if "`stages.s.global_batch` may be" in problem.hint:
+            legal = [int(w) for w in problem.hint.replace(",", "").split() if w.isdigit()]
+            for size in legal:
+                other = replace(stage, global_batch=size)
+                rest = check(experiment(stage=other, nodes=nodes, micro_batch=micro_batch), "s")
+                assert not any("`stages.s.global_batch`" in p.message for p in rest)
+
+
+def test_all_problems_in_one_error(tmp_path: Path) -> None:
+    config = tmp_path / "two.yaml"
+    config.write_text(
+        "defaults: [gpt3-125m]\nstages:\n"
+        "  pretrain: {global_batch: 250, steps: 0}\n"
+        "  more: {kind: pretrain, engine: torch, parallel: {zero: 1}, global_batch: 8, steps: 1}\n"
+    )
+    with pytest.raises(PlanError) as e:
+        plan(compose(config).experiment)
+    first, *lines = str(e.value).splitlines()
+    assert first == "3 problems"
+    assert [line for line in lines if not line.startswith("   hint: ")] == [
+        "1. `stages.pretrain.global_batch` 250 does not divide by data 8 x micro_batch 2 = 16",
+        "2. `stages.pretrain.steps` is 0, and kind `pretrain` trains",
+        "3. `stages.more.parallel.zero` is 1, which engine `torch` cannot do",
+    ]
+    with pytest.raises(PlanError, match=r"which engine `torch` cannot do$") as e:
+        plan(compose(config).experiment, ["more"])
+    assert e.value.hint == "`stages.more.parallel.zero` may be 0, 2 or 3"
+
+
+def test_a_model_too_large_is_refused_and_the_hint_fits() -> None:
+    overrides = ["model=gpt3-13b", f"{S}.schedule={{ramp_from: null, ramp_tokens: 0}}"]
+    e = compose("gpt3-125m", overrides).experiment
+    with pytest.raises(PlanError, match=r"needs \d+\.\d GB on each `A100-SXM4-80GB` .* which has 80 GB") as error:
+        plan(e)
+    ways = [w for w in error.value.hint.split("`") if w.startswith("stages.")]
+    assert ways
+    for way in ways:
+        assert plan(compose("gpt3-125m", [*overrides, *way.split()]).experiment)[0].fits
+    (forced,) = plan(e, force=True)
+    assert not forced.fits
+    assert forced.memory_gb["total"] > 80
+
+
+def test_stages_that_do_not_train_have_no_estimate() -> None:
+    e = compose("demo").experiment
+    assert [x.stage for x in plan(e)] == ["pretrain"]
+    assert plan(e, ["prepare"]) == []
+    with pytest.raises(ConfigError, match="no stage `pretran`") as error:
+        plan(e, ["pretran"])
+    assert error.value.hint == "did you mean `pretrain`?"
+
+
+def test_an_estimate_has_plain_fields() -> None:
+    e = estimate(experiment(), "s")
+    assert isinstance(e, Estimate)
+    assert replace(e, stage="t").to_json() == {**e.to_json(), "stage": "t"}
+    assert ParallelPlan().zero == 0
