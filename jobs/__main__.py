@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import sys
 import time
@@ -30,7 +29,7 @@ def main(folder: str) -> None:
     run, ranks = Run.load(Path(folder).resolve()), Ranks.from_env()
     attempt = faults.attempt_name(run)
     _log_to(run.folder / "logs" / f"{attempt}-{ranks.rank}.log")
-    for name in ("attempts", "failures", "checkpoints"):
+    for name in ("attempts", "failures"):
         (run.folder / name).mkdir(exist_ok=True)
     forwarder = None
     record = Attempt(
@@ -78,7 +77,7 @@ def main(folder: str) -> None:
     from jobs.runtime import dist
 
     dist.close()
-    shutil.rmtree(job.rendezvous, ignore_errors=True)
+    job.rendezvous.unlink(missing_ok=True)
 
 
 def _log_to(path: Path) -> None:
@@ -96,10 +95,10 @@ def _log_to(path: Path) -> None:
 
 
 def _finish(metrics: track.Metrics | None, forwarder: track.Forwarder | None) -> None:
-    """Close the metrics, and give the forwarder a moment to send the rest; `orch sync` can later."""
+    """Close the metrics. Under Slurm, which ends the forwarder with the step, let it send the rest first."""
     if metrics:
         metrics.close()
-    if forwarder:
+    if forwarder and "SLURM_JOB_ID" in os.environ:
         try:
             forwarder.wait(timeout=60)
         except Exception:  # noqa: BLE001 - tracking never decides how a run ends

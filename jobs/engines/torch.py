@@ -202,7 +202,7 @@ def _replicate(module: Any, ranks: Ranks, device: torch.device) -> Any:
     if ranks.world == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
 class _Slices:

@@ -86,5 +86,7 @@ class Job:
             loss=values.get("train/loss"),
             tokens_per_s=values.get("perf/tokens_per_s"),
         )
-        shown = " ".join(f"{key.rpartition('/')[2]} {value:.5g}" for key, value in values.items())
+        shown = " ".join(
+            f"{key.removeprefix('train/').removeprefix('perf/')} {value:.5g}" for key, value in values.items()
+        )
         log.info("step %d/%d %s", step, self.stage.steps, shown)

@@ -1,0 +1,221 @@
+"""Real runs through `orch`, ended in the middle and resumed: the losses are those of an unbroken run, bit for bit.
+
+The unbroken run and the broken one are trained by the same command from the same config; only the name differs.
+"""
+
+import functools
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.run import Run
+
+pytestmark = pytest.mark.slow
+
+ORCH = Path(sys.executable).with_name("orch")
+STEPS, SAVE_EVERY = 40, 9
+CONFIG = """
+defaults: [cluster/local]
+name: base
+model: {layers: 2, hidden: 64, heads: 4, vocab: 300, seq_len: 64, dropout: 0.1}
+data:
+  folder: %(folder)s/data
+  sources: {text: {text: [%(folder)s/text.txt]}}
+stages:
+  pretrain:
+    kind: pretrain
+    precision: fp32
+    parallel: {micro_batch: 8}
+    global_batch: 64
+    steps: 40
+    save_every: 9
+    eval_every: 10
+    optimizer: {lr: 2e-3}
+"""
+ENGINES = {
+    "ddp": ("engine=torch", "parallel.zero=0"),
+    "fsdp2": ("engine=torch", "parallel.zero=3"),
+    "zero1": ("engine=deepspeed", "parallel.zero=1"),
+    "zero2": ("engine=deepspeed", "parallel.zero=2"),
+    "zero3": ("engine=deepspeed", "parallel.zero=3"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a config, its prepared data, and runs; whatever still trains in it at the end is killed."""
+    folder = tmp_path_factory.mktemp("survive")
+    words = Path(os.__file__).parent.glob("[a-d]*.py")  # real text, a few hundred kB
+    (folder / "text.txt").write_text("\n".join(p.read_text(errors="replace") for p in sorted(words)))
+    (folder / "base.yaml").write_text(CONFIG % {"folder": folder})
+    (folder / "prepare.yaml").write_text(
+        "defaults: [base.yaml]\nname: prepare\nstages: {prepare: {kind: prepare, options: {workers: 1}}}\n"
+    )
+    orch(folder, "submit", "prepare.yaml", "--stage", "prepare")
+    yield folder
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in word for word in process.info["cmdline"] or []):
+            process.kill()
+
+
+def orch(folder, *words, ok=0):
+    """Run `orch`; return what it printed."""
+    done = subprocess.run(
+        [str(ORCH), *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def submit(folder, name, engine, *words):
+    overrides = [f"stages.pretrain.{word}" for word in ENGINES[engine]]
+    return orch(folder, "submit", "base.yaml", f"name={name}", *overrides, *words)
+
+
+@functools.cache
+def whole(folder, engine):
+    """The curve of a run that nothing happened to."""
+    submit(folder, f"whole-{engine}", engine)
+    return curve(open_run(folder, f"whole-{engine}"))
+
+
+def open_run(folder, name):
+    return Run.load(folder / "runs" / name / "pretrain")
+
+
+def wait(condition, what, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+def rank_process(run, rank):
+    """The process of one rank: found by what submitit put into its environment."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        try:
+            if (
+                "submitit.core._submit" in words
+                and str(run.folder) in words
+                and process.environ().get("SUBMITIT_LOCAL_GLOBALID") == str(rank)
+            ):
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def state(folder, run):
+    (row,) = json.loads(orch(folder, "status", run.name, "--json"))
+    return row["state"]
+
+
+def curve(run):
+    """What must repeat bit for bit, by step."""
+    exact = ("train/loss", "train/grad_norm", "train/lr", "val/loss", "tokens")
+    return {step: {key: line.get(key) for key in exact} for step, line in run.metrics().items()}
+
+
+def in_mlflow(folder, run):
+    """Steps of train/loss that MLflow has for ``run``, and the run's status."""
+    tracked = json.loads((run.folder / "tracking.json").read_text())
+    run_id = next(str(v) for k, v in tracked.items() if k.endswith("run_id"))
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as db:
+        steps = db.execute("select step from metrics where run_uuid = ? and key = 'train/loss'", [run_id]).fetchall()
+        (status,) = db.execute("select status from runs where run_uuid = ?", [run_id]).fetchone()
+        (runs,) = db.execute("select count(*) from tags where value = ?", [run.key]).fetchone()
+    assert runs == 1, "one run for life"
+    return [step for (step,) in steps], status
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_killed_rank(place, engine):
+    unbroken = whole(place, engine)
+    submit(place, f"broken-{engine}", engine, "--detach")
+    run = open_run(place, f"broken-{engine}")
+    seed = time.time_ns()
+    rng = random.Random(seed)
+    at, rank = rng.randrange(2, STEPS - 5), rng.randrange(2)
+    wait(lambda: run.heartbeat() and max(run.metrics(), default=0) >= at, f"step {at}")
+    victim = rank_process(run, rank)
+    victim.send_signal(signal.SIGKILL)
+    wait(lambda: state(place, run) == "failed", "the end")
+    reached = max(run.metrics())
+    assert reached < STEPS, f"killed too late: seed {seed}"
+    assert not [p for p in (rank_process(run, 0), rank_process(run, 1)) if p], "a rank was left behind"
+
+    orch(place, "resume", run.name)
+    where = f"rank {rank} killed after step {at}, seed {seed}"
+    assert curve(run) == unbroken, where
+    assert sorted(curve(run)) == list(range(1, STEPS + 1))
+    second = run.attempts()[-1]
+    assert second.from_step == reached // SAVE_EVERY * SAVE_EVERY, where
+    assert (second.cause, second.to_step) == ("done", STEPS)
+    orch(place, "sync", run.name)
+    steps, status = in_mlflow(place, run)
+    assert sorted(steps) == list(range(1, STEPS + 1)), "a step is missing in MLflow, or there twice"
+    assert status == "FINISHED"
+
+
+def test_asked_to_stop(place):
+    """`orch cancel` saves at the next step's end; nothing is repeated, nothing lost."""
+    submit(place, "asked", "ddp", "--detach")
+    run = open_run(place, "asked")
+    wait(lambda: max(run.metrics(), default=0) >= 5, "step 5")
+    orch(place, "cancel", run.name)
+    wait(lambda: state(place, run) == "stopped", "the stop")
+    (first,) = run.attempts()
+    assert first.cause == "cancelled"
+    assert first.checkpoint_step == first.to_step == max(run.metrics()) < STEPS
+    orch(place, "resume", run.name)
+    assert run.attempts()[-1].from_step == first.to_step
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert curve(run) == whole(place, "ddp")
+
+
+def test_a_damaged_checkpoint_is_passed_over(place):
+    submit(place, "damaged", "zero1", "--detach")
+    run = open_run(place, "damaged")
+    wait(lambda: max(run.metrics(), default=0) >= 20, "step 20")
+    orch(place, "cancel", run.name, "--now")
+    newest = max((run.folder / "checkpoints").glob("step-*/MANIFEST.json")).parent
+    shard = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    orch(place, "resume", run.name)
+    assert "is damaged and is passed over" in (run.folder / "logs" / "2-0.log").read_text()
+    assert run.attempts()[-1].from_step == int(newest.name.removeprefix("step-")) - SAVE_EVERY
+    assert curve(run) == whole(place, "zero1")
+
+
+def test_a_checkpoint_of_another_model_is_refused(place):
+    """A run whose spec was changed by hand must not train on with weights that do not belong to it."""
+    submit(place, "other", "ddp")
+    run = open_run(place, "other")
+    spec = run.folder / "spec.yaml"
+    spec.write_text(spec.read_text().replace("heads: 4", "heads: 2").replace("steps: 40", "steps: 45"))
+    attempt = run.folder / "attempts" / "1.json"
+    attempt.write_text(attempt.read_text().replace('"done"', '"cancelled"'))
+    said = orch(place, "resume", run.name, ok=1)
+    assert "does not belong to this run" in said
+    assert "`model.heads` is 4 there and 2 here" in said
+    assert max(run.metrics()) == STEPS
