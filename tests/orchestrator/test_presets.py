@@ -1,10 +1,14 @@
 """The shipped configs: each composes, passes every check and fits; sizes and recipes are the papers'."""
 
+import dataclasses
+
 import pytest
 
+from orchestrator import spec
 from orchestrator.compose import compose, presets
 from orchestrator.plan import check, plan
 from orchestrator.schedule import total_tokens
+from orchestrator.strict import show
 
 EXPERIMENTS = sorted(f.stem for f in presets().glob("*.yaml"))
 MODELS = sorted(f.stem for f in (presets() / "model").glob("*.yaml"))
@@ -99,3 +103,35 @@ def test_the_demo() -> None:
     assert e.stages["pretrain"].after == ["prepare"]
     assert (e.cluster.launcher, e.cluster.gpu, e.cluster.gpus_per_node) == ("local", "cpu", 2)
     assert e.data.sources["python"].text == ["builtin:python"]
+
+
+def test_the_docs_list_every_field_with_its_default() -> None:
+    listed: dict[str, list[tuple[str, str]]] = {}
+    for line in (presets().parent / "docs/configuration.md").read_text().partition("## Fields")[2].splitlines():
+        if line.startswith("### "):
+            rows = listed.setdefault(line.removeprefix("### ").strip("`"), [])
+        elif line.startswith("| `"):
+            name, default = (cell.strip().strip("`") for cell in line.split("|")[1:3])
+            rows.append((name, default))
+    assert listed == {
+        "the file itself": fields(spec.Experiment),
+        "model": fields(spec.ModelSpec),
+        "data": fields(spec.DataSpec),
+        "data.sources.<name>": fields(spec.SourceSpec),
+        "cluster": fields(spec.ClusterSpec),
+        "tracking": fields(spec.TrackingSpec),
+        "stages.<name>": fields(spec.StageSpec),
+        "stages.<name>.parallel": fields(spec.ParallelPlan),
+        "stages.<name>.optimizer": fields(spec.OptimizerSpec),
+        "stages.<name>.schedule": fields(spec.ScheduleSpec),
+    }
+
+
+def fields(cls: type) -> list[tuple[str, str]]:
+    """Name and default, as YAML has it, of each field; empty where there is none or it is a dataclass."""
+    found = []
+    for f in dataclasses.fields(cls):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        absent = default is dataclasses.MISSING or dataclasses.is_dataclass(default)
+        found.append((f.name, "" if absent else show(default).strip("`")))
+    return found
