@@ -45,6 +45,11 @@ class Problem:
     hint: str = ""
 
 
+def lacks_bf16(gpu: str) -> bool:
+    """Whether ``gpu`` is too old for bf16."""
+    return any(old in gpu.upper() for old in NO_BF16)
+
+
 def check(experiment: Experiment, name: str) -> list[Problem]:
     """Every rule that stage ``name`` breaks. A stage that does not run on every GPU has few to keep."""
     stage, model, cluster = experiment.stages[name], experiment.model, experiment.cluster
@@ -110,7 +115,7 @@ def _machines(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Pr
             message=f"`{where}.parallel.nodes` is {p.nodes}, and the cluster has {cluster.nodes}",
             hint=f"`{where}.parallel.nodes` may be 1 to {cluster.nodes}",
         )
-    if stage.precision == "bf16" and any(old in cluster.gpu.upper() for old in NO_BF16):
+    if stage.precision == "bf16" and lacks_bf16(cluster.gpu):
         yield Problem(
             message=f"`{where}.precision` is bf16, which `{cluster.gpu}` does not have",
             hint=f"`{where}.precision=fp32`, or an A100 or newer",
@@ -131,15 +136,18 @@ def _split(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec)
             message=f"`model.layers` {model.layers} do not split into `{where}.parallel.pipeline` {p.pipeline}",
             hint=f"`{where}.parallel.pipeline` may be {_any(_divisors(model.layers, p.pipeline))}",
         )
-    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "ffn_hidden": model.ffn, "vocab": model.vocab}
-    for key, size in sizes.items():
+    tensors = _any(_divisors(math.gcd(model.heads, model.kv_heads or model.heads, cluster.gpus_per_node), p.tensor))
+    for key, size in {"heads": model.heads, "kv_heads": model.kv_heads}.items():
         if size and size % p.tensor:
-            legal = _multiples(size, p.tensor) if key in ("vocab", "ffn_hidden") else []
             yield Problem(
                 message=f"`model.{key}` {size} does not split over `{where}.parallel.tensor` {p.tensor}",
-                hint=f"`model.{key}` may be {_any(legal)}"
-                if legal
-                else f"`{where}.parallel.tensor` may be {_any(_divisors(math.gcd(size, cluster.gpus_per_node), p.tensor))}",
+                hint=f"`{where}.parallel.tensor` may be {tensors}",
+            )
+    for key, size in {"ffn_hidden": model.ffn, "vocab": model.vocab}.items():
+        if size % p.tensor:
+            yield Problem(
+                message=f"`model.{key}` {size} does not split over `{where}.parallel.tensor` {p.tensor}",
+                hint=f"`model.{key}` may be {_any(_multiples(size, p.tensor))}",
             )
 
 

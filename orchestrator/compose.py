@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,8 +29,14 @@ class Composed:
     """An experiment, and the answer to "who set this?"."""
 
     experiment: Experiment
-    yaml: str  # every field, resolved; composes again to the same experiment
     origins: Origins
+
+    @cached_property
+    def yaml(self) -> str:
+        """Every field, resolved, as `orch show` prints it and ``spec.yaml`` holds it; it composes to the same again."""
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_yaml(OmegaConf.structured(self.experiment))
 
     def why(self, key: str) -> str:
         """Which file and line, or override, set ``key``, and what it replaced; a line for each value below it.
@@ -69,9 +76,7 @@ def compose(config: str | Path, overrides: Sequence[str] = ()) -> Composed:
     experiment = dataclasses.replace(experiment, stages=stages)
     _check_names(experiment)
     _check_chain(experiment, origins)
-    from omegaconf import OmegaConf
-
-    return Composed(experiment=experiment, yaml=OmegaConf.to_yaml(OmegaConf.structured(experiment)), origins=origins)
+    return Composed(experiment=experiment, origins=origins)
 
 
 def resolve_options(where: str, options: Mapping[str, Any], cls: type) -> Any:
@@ -245,8 +250,6 @@ def _default(owner: Any, name: str) -> str:
 
 def _resolve_stage(name: str, stage: StageSpec, origins: Origins) -> StageSpec:
     """``stage`` with its options complete; its kind and engine must exist."""
-    from omegaconf import OmegaConf
-
     where = ("stages", name)
     try:
         module = find("jobs", stage.kind)
@@ -258,8 +261,8 @@ def _resolve_stage(name: str, stage: StageSpec, origins: Origins) -> StageSpec:
         raise ConfigError(f"{_place(origins, (*where, 'engine'))}{e}", hint=e.hint) from None
     prefix = (*where, "options")
     given = {k: h for k, h in origins.items() if k[: len(prefix)] == prefix and len(k) > len(prefix)}
-    options = OmegaConf.to_container(OmegaConf.structured(convert(module.Options, given, prefix)))
-    return dataclasses.replace(stage, options=cast(dict[str, Any], options))
+    options = convert(module.Options, given, prefix)
+    return dataclasses.replace(stage, options=dataclasses.asdict(options))
 
 
 def _check_names(experiment: Experiment) -> None:

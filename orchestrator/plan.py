@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.checks import Problem, check
+from orchestrator.checks import Problem, check, lacks_bf16
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.registry import did_you_mean, find
 from orchestrator.schedule import total_tokens
@@ -28,6 +28,8 @@ __all__ = ["Estimate", "Problem", "check", "estimate", "plan", "signal_lead_s"]
 MFU = 0.45
 # Unexpected interruptions: 419 in 54 days on 2,048 nodes (Llama 3, arXiv:2407.21783, section 3.3.4).
 FAILURES_PER_NODE_S = 419 / (54 * 86400 * 2048)
+# fp32 peak over the 16 bit one, without TF32: V100 15.7 of 125; A100 19.5 of 312, H100 67 of 989 (data sheets).
+FP32_SHARE = {"old": 1 / 8, "new": 1 / 16}
 # Weights, gradients, optimizer ([R], section 3.1): Adam's two moments, and fp32 weights beside bf16 ones.
 BYTES_PER_PARAM = {"bf16": (2, 2, 12), "fp32": (4, 4, 8)}
 CHECKPOINT_BYTES_PER_PARAM = {"bf16": 14, "fp32": 12}  # all of it but the gradients
@@ -124,7 +126,8 @@ def estimate(experiment: Experiment, name: str, *, mfu: float = MFU) -> Estimate
     hardware_flops = model_flops + _recomputed_flops_per_token(model, p) * tokens
     bubble = (p.pipeline - 1) / micro_batches  # [N] section 2.2.1
     peak = world * cluster.gpu_tflops * 1e12
-    step_s = hardware_flops / (peak * mfu) * (1 + bubble)
+    reached = mfu * (_fp32_share(cluster.gpu) if stage.precision == "fp32" else 1)
+    step_s = hardware_flops / (peak * reached) * (1 + bubble)
     run_s = step_s * total_tokens(stage, model.seq_len) / tokens
     gpu_hours = run_s / 3600 * world
 
@@ -155,6 +158,11 @@ def estimate(experiment: Experiment, name: str, *, mfu: float = MFU) -> Estimate
         save_s=save_s,
         save_every_optimal_steps=max(1, min(stage.steps, round(_young_s(save_s, p.nodes) / step_s))),
     )
+
+
+def _fp32_share(gpu: str) -> float:
+    """How much of ``gpu_tflops`` fp32 arithmetic can reach; a CPU's peak is stated in fp32."""
+    return 1 if gpu == "cpu" else FP32_SHARE["old" if lacks_bf16(gpu) else "new"]
 
 
 def _young_s(save_s: float, nodes: int) -> float:

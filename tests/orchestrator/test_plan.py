@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.compose import compose
@@ -101,6 +101,13 @@ def test_selective_recompute_costs_what_korthikanti_prints(layers: int, hidden: 
     model = ModelSpec(layers=layers, hidden=hidden, heads=64, vocab=51200)  # table 5
     e = estimate(experiment(model=model, recompute="selective"), "s")
     assert e.hfu / e.mfu == pytest.approx(hfu / mfu, rel=0.002)
+
+
+@pytest.mark.parametrize(("gpu", "tflops", "fp32"), [("V100-SXM2-32GB", 125, 15.7), ("A100-SXM4-80GB", 312, 19.5)])
+def test_fp32_is_as_slow_as_the_data_sheets_say(gpu: str, tflops: float, fp32: float) -> None:
+    cluster = replace(A100, gpu=gpu, gpu_tflops=tflops)
+    e = estimate(experiment(cluster=cluster, stage=replace(TRAIN, precision="fp32")), "s", mfu=0.5)
+    assert e.model_tflops_per_gpu == pytest.approx(0.5 * fp32, rel=0.01)
 
 
 def test_bubble() -> None:
@@ -205,6 +212,7 @@ def test_keys_of_deepspeed_that_the_plan_does_not_own_pass() -> None:
     assert check(compose("gpt3-125m", overrides).experiment, "pretrain") == []
 
 
+@settings(deadline=None)
 @given(
     nodes=st.integers(1, 6),
     micro_batch=st.integers(1, 6),
