@@ -218,7 +218,7 @@ def encode(prefix: Path, parts: list[Part], rules: Rules, workers: int, progress
         for split, writer in writers.items():
             if not len(writer.sizes) and (split == "train" or rules.val_fraction):
                 raise DataError(
-                    f"source `{prefix.name}`: of {sum(text_bytes.values()):,} bytes, none fell into the `{split}` split "
+                    f"source `{prefix.name}`: of {sum(text_bytes.values()):,} bytes, none are in its `{split}` split "
                     f"(val_fraction {rules.val_fraction}, blocks of {rules.block:,} characters)",
                     hint="give it more text, or another `data.val_fraction`",
                 )

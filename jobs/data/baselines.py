@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ALPHA = 32.0  # pseudo-counts of the prior
+ALPHA = (
+    32.0  # pseudo-counts of the prior; 4 or 512 give 0.01 nats more at most (measured on builtin:python, 2026-11-21)
+)
 FIT = 50_000_000  # tokens that are counted, at most
 CHUNK = 1 << 24  # tokens counted at a time
 
