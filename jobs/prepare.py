@@ -72,7 +72,9 @@ def run(job: Job) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), disk_full_is_an_error(folder):
         found = finished(folder, data, inputs)
-        record = found or build(job, folder, parts) | {"format": FORMAT, "inputs": inputs}
+        record = found or build(job, folder, parts) | {"inputs": inputs}
+        if options.baselines:
+            measure(folder, record, data)
         record["baselines"] = mixed_baselines(record, data)
         write_json(folder / "dataset.json", record)
     log.info("data %s in `%s`", "found whole" if found else "ready", folder)
@@ -89,10 +91,7 @@ def build(job: Job, folder: Path, parts: Parts) -> dict[str, Any]:
     progress = Progress(job, sum(part.size for listed in parts.values() for part in listed))
     sources = {name: encode(folder / name, parts[name], rules[name], workers, progress) for name in parts}
     record["encode_s"] = time.monotonic() - progress.began
-    record["sources"] = {name: sources.get(name) or adopt(source) for name, source in data.sources.items()}
-    if options.baselines:
-        measure(folder, record, data)
-    return record
+    return record | {"sources": {name: sources.get(name) or adopt(s) for name, s in data.sources.items()}}
 
 
 def collect(data: DataSpec) -> Parts:
@@ -121,7 +120,11 @@ def describe_inputs(data: DataSpec, parts: Parts, options: Options, vocab: int) 
     for name, listed in parts.items():
         found = {path: Path(path).stat() for path in dict.fromkeys(part.path for part in listed)}
         files[name] = [data.sources[name].text_key, [[p, s.st_size, s.st_mtime_ns] for p, s in found.items()]]
-    shards = {name: [source.shards, source.val_shards] for name, source in data.sources.items() if source.shards}
+    shards = {
+        name: [[prefix, read_shard(prefix).identity()] for prefix in [*source.shards, *source.val_shards]]
+        for name, source in data.sources.items()
+        if source.shards
+    }
     trained = {"vocab": vocab, "tokenizer_mb": options.tokenizer_mb}
     return {
         "format": FORMAT,
@@ -242,14 +245,15 @@ def adopt(source: SourceSpec) -> dict[str, Any]:
         record[split] = {
             "documents": sum(shard.documents for shard in shards),
             "tokens": sum(len(shard.tokens) for shard in shards),
-            "shards": {shard.prefix: shard.identity() for shard in shards},
         }
     return record
 
 
 def measure(folder: Path, record: dict[str, Any], data: DataSpec) -> None:
-    """Add to each source the cross-entropies of n-gram models, fitted on its train split, on its val split."""
+    """Add to each source that lacks them the cross-entropies of n-gram models, from its train to its val split."""
     for name, source in data.sources.items():
+        if "baselines" in record["sources"][name]:
+            continue
         train, val = (
             [shard.tokens for shard, _ in open_shards(str(folder), name, source, split, record)] for split in SPLITS
         )

@@ -201,6 +201,8 @@ def test_given_tokenizer_and_existing_shards(prepared, text, tmp_path):
     nats = [record["sources"][name]["baselines"]["bigram"] for name in ("old", "new")]
     assert summary["prepare/bigram_nats"] == pytest.approx((2 * nats[0] + nats[1]) / 3)
     assert (tmp_path / "new-train.bin").read_bytes() == (folder / "lines-train.bin").read_bytes()
+    moved = replace(mix["old"], shards=mix["old"].val_shards, val_shards=mix["old"].shards)
+    refused(DataError, "changed: `shards`$", make_job(tmp_path, {**mix, "old": moved}, tokenizer=tokenizer, vocab=1000))
     train = PackedDataset.open(job.experiment.data, seq_len=32, split="train", vocab=1000)
     assert {source for source, _, _ in train.ids(0, 20)} == {"old", "new"}
 
@@ -292,6 +294,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_leaves_no_worker_and_starts_again(text, tmp_path):
     big, folder = tmp_path / "big", tmp_path / "out"
     for i in range(3):
