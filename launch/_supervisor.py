@@ -155,6 +155,7 @@ def withdraw(runs: Sequence[Run]) -> None:
 def keep_first_words(run: Run, ranks: int) -> None:
     """Give a rank that died before it had a log of its own what it said until then."""
     number = run.submissions[-1].number
+    (run.folder / "logs").mkdir(exist_ok=True)
     for rank in range(ranks):
         target = run.folder / "logs" / f"{number}-{rank}.log"
         for said in box(run).glob(f"*_{rank}_log.out"):

@@ -199,7 +199,7 @@ def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_
 @JSON
 @click.pass_obj
 def status(root: Path, run: str | None, as_json: bool) -> None:
-    """List the runs, or show one: state, step, loss, speed, last checkpoint, and why it ended."""
+    """List the runs, or show one: state, step, loss, speed, checkpoint, attempts, errors."""
     from orchestrator import show
     from orchestrator.run import find_runs, list_runs
     from orchestrator.submit import alive
@@ -244,7 +244,10 @@ def logs(root: Path, run: str, rank: int, attempt: str | None, follow: bool) -> 
 @DETACH
 @click.pass_obj
 def resume(root: Path, run: str, detach: bool) -> None:
-    """Start what stopped or failed again, from its newest checkpoint, with the code it began with."""
+    """Start what stopped or failed again, from its newest checkpoint.
+
+    It goes on with the config and the code it began with, as the same run in MLflow.
+    """
     from orchestrator.run import find_runs
     from orchestrator.submit import resume as hand_over
 
@@ -309,7 +312,7 @@ def ui(root: Path, port: int, uri: str | None, browse: bool) -> None:
 @JSON
 @click.pass_obj
 def doctor(root: Path, deep: bool, uri: str | None, as_json: bool) -> None:
-    """Check this machine: Python, packages, compiler, disk, memory, GPUs, MLflow, launchers."""
+    """Check this machine: packages, compiler, disk, memory, GPUs, MLflow, launchers."""
     from orchestrator import doctor as checks
     from orchestrator import show
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +98,12 @@ def compiler() -> Finding:
 def disk(root: Path) -> Finding:
     """The runs folder can be written to and has room."""
     existing = next(p for p in (root, *root.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        return Finding(
-            check="runs folder",
-            status="missing",
-            found=f"cannot write to {existing}",
-            remedy="set `--runs` or ORCH_RUNS",
-        )
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as e:
+        found = f"cannot write to {existing}: {e.strerror}"
+        return Finding(check="runs folder", status="missing", found=found, remedy="set `--runs` or ORCH_RUNS")
     free_gb = shutil.disk_usage(existing).free / 1e9
     found = f"{root}, {free_gb:.0f} GB free"
     if free_gb < MIN_DISK_GB:

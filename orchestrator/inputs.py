@@ -60,10 +60,8 @@ def _check_shards(data: DataSpec, stage: str, prepare: Sequence[str]) -> None:
         if not missing:
             continue
         hint = f"set `data.sources.{name}.shards`"
-        if source.text:
-            hint = (
-                f"prepare it first: `--stage {prepare[0]} --stage {stage}`"
-                if prepare
-                else "add a stage of kind `prepare`"
-            )
+        if source.text and prepare:
+            hint = f"prepare it: `--stage {prepare[0]} --stage {stage}`; if that was done before, with a new `name=...`"
+        elif source.text:
+            hint = "add a stage of kind `prepare`"
         raise DataError(f"stage `{stage}` reads `{missing[0]}`, which does not exist", hint=hint)
