@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from orchestrator.spec import ModelSpec, OptimizerSpec, ParallelPlan, StageSpec  # noqa: E402
 
 MODELS = {  # Brown et al. 2020, table 2.1; its 24 heads of 128 at 1.3B are 16, or they would not make 2048
-    "gpt3-125m": (ModelSpec(layers=12, hidden=768, heads=12), 16),
+    "gpt3-125m": (ModelSpec(layers=12, hidden=768, heads=12), 8),
     "gpt3-1.3b": (ModelSpec(layers=24, hidden=2048, heads=16), 8),
     "gpt3-2.7b": (ModelSpec(layers=32, hidden=2560, heads=32), 4),
     "gpt3-6.7b": (ModelSpec(layers=32, hidden=4096, heads=32), 2),

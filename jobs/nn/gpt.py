@@ -156,7 +156,7 @@ class Block(nn.Module):
         self.run = torch.compile(self.run)  # type: ignore[method-assign]
 
     def _drop(self, x_BTH: Tensor) -> Tensor:
-        return F.dropout(x_BTH, self.dropout, self.training) if self.dropout else x_BTH
+        return F.dropout(x_BTH, self.dropout, self.training)
 
 
 class Attention(nn.Module):

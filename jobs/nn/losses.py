@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_BYTES = 2**30  # logits up to here are kept for the backward pass, and no chunk is larger
+LOGITS_BYTES = 2**31  # logits up to here are kept for the backward pass, and no chunk is larger
 CACHE_BYTES = 2**20  # softmax on a CPU works in pieces that stay in its cache
 CUDA_ROWS = 64  # cuBLAS is slow unless the vocabulary is a multiple (Karpathy's nanoGPT: 50257 -> 50304)
 
@@ -111,8 +111,8 @@ def _slices(rows: int, step: int) -> Iterator[slice]:
 
 
 def _pieces(logits_nV: Tensor) -> Iterator[slice]:
-    """Row slices whose fp32 copy is small: in a CPU's cache, or a quarter of the largest logits on a GPU."""
-    limit = CACHE_BYTES if logits_nV.device.type == "cpu" else LOGITS_BYTES // 4
+    """Row slices whose fp32 copy is small: in a CPU's cache, or 0.5 GB on a GPU."""
+    limit = CACHE_BYTES if logits_nV.device.type == "cpu" else 2**29
     return _slices(len(logits_nV), max(1, limit // (4 * logits_nV.shape[1])))
 
 
