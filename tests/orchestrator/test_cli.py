@@ -271,7 +271,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_anywhere(folder):
     (folder / "far").mkdir()
     second = process("--runs", "../runs", "resume", "tiny", "--detach", cwd=folder / "far", stderr=subprocess.PIPE)
     _, err = second.communicate(timeout=120)
-    assert second.returncode == 0 and "`orch logs -f tiny/train`" in err
+    assert second.returncode == 0 and "`orch logs -f tiny`" in err
     live = orch("resume", "tiny")
     assert live.exit_code == 1 and "already" in live.stderr
     until_step(folder / "runs" / "tiny" / "train", row["step"] + 1)
@@ -280,6 +280,9 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_anywhere(folder):
     row = json.loads(orch("status", "tiny/train", "--json").stdout)[0]
     assert row["state"] == "failed" and "killed" in row["ended"]
     assert row["attempts"] == 2
+    steps = len(list_runs(folder / "runs")[1].metrics())
+    assert re.search(r"^tiny/train: \d+ steps sent$", orch("sync").stdout, flags=re.MULTILINE)
+    assert steps >= row["step"] and "tiny/train: 0 steps sent" in orch("sync", "tiny/train").stdout
 
 
 def watch(terminal: int, seen, timeout_s: float) -> str:
