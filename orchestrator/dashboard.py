@@ -8,6 +8,7 @@ the browser test in tests/orchestrator/test_dashboard.py says when it no longer 
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -126,10 +127,28 @@ def serve(root: Path, uri: str | None = None, port: int = 5000) -> Iterator[str]
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
         )
     try:
-        _wait(server, base, log)
-        yield base
+        with _leaving_on_signals():
+            _wait(server, base, log)
+            yield base
     finally:
         _end(server)
+
+
+@contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """Leave through every `finally` when told to end or when the terminal closes, so that no server is left."""
+
+    def leave(number: int, _: Any) -> None:
+        sys.exit(128 + number)
+
+    defaults = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in defaults:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in defaults:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _free_port(wanted: int) -> int:

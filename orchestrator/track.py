@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ from orchestrator.system import Sampler
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 log = logging.getLogger(__name__)
 Forwarder = subprocess.Popen[bytes]
@@ -43,10 +43,9 @@ Forwarder = subprocess.Popen[bytes]
 HEARTBEAT_S = 1.0
 SYSTEM_S = 10.0
 POLL_S = 1.0  # how often the forwarder looks for new lines
-PATIENCE_S = 60.0  # the longest pause between two attempts to reach MLflow
+PATIENCE_S = 15.0  # the longest pause between two attempts to reach MLflow
 FAREWELL_S = 15.0  # how long a forwarder tries after the end of its job
 LOCK_S = 90.0  # more than one slow call to MLflow takes
-BATCH_LINES = 60
 HEAD = ("step", "time", "attempt", "tokens")  # of a line; the rest are metrics
 STATUS: dict[State, str] = {
     "new": "SCHEDULED",
@@ -201,9 +200,13 @@ def _bring_up_to_date(run: Run, *, alive: bool | None) -> int:
     """Send lines, status and files; return the number of lines. ``alive`` None: the status is not ours to say."""
     uri = tracking_uri(run.root, run.spec().tracking.uri)
     with connect(uri) as client:
-        lines = _send_new(client, run, uri)
-        if alive is not None:
-            _set_status(client, run, alive=alive)
+        with run.lock("tracking", wait_s=LOCK_S):
+            enroll(client, run, uri)
+        if alive:  # said first: a long backlog may follow
+            _set_status(client, run, alive=True)
+        lines = _send_new(client, run)
+        if alive is False:
+            _set_status(client, run, alive=False)
     if alive:
         return lines
     dashboard.draw_loss(run)
@@ -212,39 +215,36 @@ def _bring_up_to_date(run: Run, *, alive: bool | None) -> int:
     return lines
 
 
-def _send_new(client: "MlflowClient", run: Run, uri: str) -> int:
-    """Send all whole lines that were not sent, in batches; return how many. Enrolls the run first, if need be."""
+def _send_new(client: "MlflowClient", run: Run) -> int:
+    """Send all whole lines that were not sent, in batches; return how many."""
     total = 0
     while True:
         with run.lock("tracking", wait_s=LOCK_S):
-            sent = enroll(client, run, uri)
-            lines = list(islice(read_metrics(run.folder / "metrics.jsonl", sent.offset), BATCH_LINES))
-            if not lines:
+            sent = Sent.load(run)
+            before = sent.offset
+            points: list[Metric] = []
+            for offset, line in read_metrics(run.folder / "metrics.jsonl", before):
+                new = _points(line) if line["step"] > sent.step else []
+                if points and len(points) + len(new) > MAX_METRICS:
+                    break
+                points += new
+                total += bool(new)
+                sent.offset, sent.step = offset, max(sent.step, line["step"])
+            if sent.offset == before:
                 return total
-            new: list[dict[str, Any]] = []
-            for offset, line in lines:
-                sent.offset = offset
-                if line["step"] > sent.step:
-                    sent.step = line["step"]
-                    new.append(line)
-            _send_lines(client, sent.run_id, new)
+            for i in range(0, len(points), MAX_METRICS):
+                client.log_batch(sent.run_id, metrics=points[i : i + MAX_METRICS])
             sent.save(run)
-        total += len(new)
 
 
-def _send_lines(client: "MlflowClient", run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Each number of each line as a point at its step and time; ``tokens`` becomes ``train/tokens``."""
+def _points(line: Mapping[str, Any]) -> "list[Metric]":
+    """Each number of a line as a point at its step and time; ``tokens`` becomes ``train/tokens``."""
     from mlflow.entities import Metric
 
-    points = [
-        # MLflow turns an infinity into 1.8e308, which flattens the curve: say "undefined" instead.
-        Metric(key, value if math.isfinite(value) else math.nan, int(line["time"] * 1000), line["step"])
-        for line in lines
-        for key, value in ({**line, "train/tokens": line["tokens"]}).items()
-        if key not in HEAD
-    ]
-    for i in range(0, len(points), MAX_METRICS):
-        client.log_batch(run_id, metrics=points[i : i + MAX_METRICS])
+    at = int(line["time"] * 1000), line["step"]
+    values = {key: value for key, value in line.items() if key not in HEAD} | {"train/tokens": line["tokens"]}
+    # MLflow turns an infinity into 1.8e308, which flattens the curve: say "undefined" instead.
+    return [Metric(key, value if math.isfinite(value) else math.nan, *at) for key, value in values.items()]
 
 
 def _set_status(client: "MlflowClient", run: Run, *, alive: bool) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 
@@ -79,6 +82,23 @@ def test_a_server_that_cannot_start_says_where_to_look(tmp_path):
         with dashboard.serve(tmp_path, "nonsense://x"):
             pass
     assert str(tmp_path / "mlflow-server.log") in caught.value.hint
+
+
+@pytest.mark.slow
+def test_a_terminated_dashboard_leaves_no_server(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from orchestrator import dashboard\n"
+        "with dashboard.serve(Path(sys.argv[1]), None, 0) as base: print(base, flush=True); time.sleep(300)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ui:
+        base = ui.stdout.readline().strip()
+        servers = psutil.Process(ui.pid).children(recursive=True)
+        assert urllib.request.urlopen(f"{base}/health").status == 200  # noqa: S310
+        ui.terminate()
+    assert ui.returncode == 128 + signal.SIGTERM
+    assert servers
+    assert not any(p.is_running() for p in servers)
 
 
 @pytest.mark.slow
