@@ -207,15 +207,20 @@ def test_a_damaged_checkpoint_is_passed_over(place):
     assert curve(run) == whole(place, "zero1")
 
 
-def test_a_checkpoint_of_another_model_is_refused(place):
-    """A run whose spec was changed by hand must not train on with weights that do not belong to it."""
+def test_a_checkpoint_of_another_model_or_data_is_refused(place):
+    """A run whose spec was changed by hand must not train on with weights, or in an order, of another."""
     submit(place, "other", "ddp")
     run = open_run(place, "other")
     spec = run.folder / "spec.yaml"
-    spec.write_text(spec.read_text().replace("heads: 4", "heads: 2").replace("steps: 40", "steps: 45"))
+    changed = spec.read_text()
+    for old, new in {"heads: 4": "heads: 2", "steps: 40": "steps: 45", "seed: 1234": "seed: 4321"}.items():
+        assert old in changed
+        changed = changed.replace(old, new)
+    spec.write_text(changed)
     attempt = run.folder / "attempts" / "1.json"
     attempt.write_text(attempt.read_text().replace('"done"', '"cancelled"'))
     said = orch(place, "resume", run.name, ok=1)
     assert "does not belong to this run" in said
     assert "`model.heads` is 4 there and 2 here" in said
+    assert "`data` is" in said
     assert max(run.metrics()) == STEPS

@@ -14,6 +14,7 @@ from jobs.engines import torch as torch_engine
 from jobs.nn.gpt import GPT, decay_groups, init_weights
 from jobs.pretrain import mean_loss
 from jobs.runtime import dist
+from jobs.runtime.job import Ranks
 from orchestrator.errors import CheckpointError
 from orchestrator.spec import ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
 
@@ -222,6 +223,16 @@ def test_torch_checkpoints_fit_any_layout(tmp_path):
     whole = run_ranks(_load_only, 1, tmp_path / "two", _stage("torch", 0))[0]
     _check(sliced, unbroken, 1e-5)
     _check(whole, unbroken, 1e-5)
+
+
+def test_the_users_deepspeed_keys_lie_under_the_plan():
+    """What the user passes reaches DeepSpeed, section by section; what the plan says cannot be displaced."""
+    stage = _stage("deepspeed", 2, engine_config={"wall_clock_breakdown": True, "zero_optimization": {"stage": 0}})
+    stage.engine_config["zero_optimization"]["reduce_bucket_size"] = 1000
+    made = deepspeed_engine.config(stage, Ranks(world=2))
+    assert made["wall_clock_breakdown"] is True
+    assert made["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert made["zero_optimization"]["stage"] == 2
 
 
 def _poisoned(ranks, folder):
