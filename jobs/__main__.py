@@ -74,9 +74,10 @@ def main(folder: str) -> None:
         _finish(metrics, forwarder)
         os._exit(1)  # collectives of the lost peers would hang an orderly exit
     _finish(metrics, forwarder)
-    from jobs.runtime import dist
+    if "torch" in sys.modules:  # not after a stage that had no use for it
+        from jobs.runtime import dist
 
-    dist.close()
+        dist.close()
     job.rendezvous.unlink(missing_ok=True)
 
 

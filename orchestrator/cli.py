@@ -161,7 +161,7 @@ def plan(config: str, overrides: Sequence[str], stages: Sequence[str], force: bo
 @CONFIG
 @OVERRIDES
 @STAGES
-@click.option("--launcher", metavar="NAME", help="Where to run: `local` or `slurm`. Default: `cluster.launcher`.")
+@click.option("--launcher", metavar="NAME", help="Where to run, such as `local`. Default: `cluster.launcher`.")
 @click.option("--dry-run", is_flag=True, help="Write the run folders, start nothing.")
 @click.option("--force", is_flag=True, help="Submit although the estimate does not fit.")
 @DETACH
@@ -356,13 +356,15 @@ def _compose(config: str, overrides: Sequence[str], stages: Sequence[str]) -> "C
 def _watch(runs: Sequence["Run"], detach: bool) -> None:
     """Follow ``runs`` to their end, unless ``detach``; exit with 1 unless all are done."""
     from orchestrator.follow import follow
-    from orchestrator.show import ends
+    from orchestrator.show import deliver, ends
 
     click.echo("submitted " + ", ".join(f"`{r.name}`" for r in runs), err=True)
     if detach or not follow(runs):
         name = runs[0].experiment
         _next(f"orch status {name}", f"orch logs -f {name}", f"orch cancel {name}")
-    elif not ends(runs):
+        return
+    deliver(runs)
+    if not ends(runs):
         sys.exit(1)
 
 

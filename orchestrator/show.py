@@ -179,6 +179,18 @@ def _how_it_ended(run: Run, state: str) -> str:
 # The end of a run
 
 
+def deliver(runs: Sequence[Run]) -> None:
+    """Send MLflow what the forwarders of ``runs``, which have ended, have not sent yet."""
+    from orchestrator import track
+
+    try:
+        for run in runs:
+            if run.attempts():
+                track.sync(run)
+    except (TrackingError, LaunchError) as e:
+        err().print(f"MLflow lacks the end: {_escape(str(e))}; `orch sync {runs[0].experiment}` sends it")
+
+
 def ends(runs: Sequence[Run]) -> bool:
     """Say on stderr how ``runs`` ended, errors first, and what to do next; return whether all are done."""
     console = err()
