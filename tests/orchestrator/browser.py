@@ -61,8 +61,7 @@ class Browser:
             raw, _, self._buffer = self._buffer.partition(b"\0")
             answer = json.loads(raw)
             if answer.get("id") == self._calls:
-                assert "result" in answer, answer
-                return answer["result"]
+                return answer.get("result", {})
 
     def open(self, url: str) -> None:
         self._session = ""
@@ -70,8 +69,9 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression on the page."""
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        """The value of a JavaScript expression on the page; None where it throws, or the page is just changing."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        return answer.get("result", {}).get("value")
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
