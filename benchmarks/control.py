@@ -4,10 +4,12 @@
 
 `orch --help` and `orch plan` are whole processes, interpreter start included; a bare `python -c pass` stands beside
 them. The cost of a step is read off a real run's own records: the time between two lines of `metrics.jsonl`, less
-what the engine took, on steps of about 100 ms that neither evaluate nor save, with the forwarder running.
+`perf/step_s`, the engine's step with the one collective that makes its loss known to all ranks. The steps take about
+100 ms, neither evaluate nor save, and the forwarder runs beside them.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -29,7 +31,7 @@ data: {folder: %s}
 stages:
   prepare: {kind: prepare}
   pretrain: {kind: pretrain, after: [prepare], precision: fp32, parallel: {micro_batch: 8}, global_batch: 16,
-             steps: 300, save_every: 1000, eval_samples: 16, options: {final_eval_samples: 16}}
+             steps: 200, save_every: 1000, eval_samples: 16, options: {final_eval_samples: 16}}
 """
 
 
@@ -59,9 +61,9 @@ def step_overhead() -> dict[str, float]:
         subprocess.run([str(ORCH), "submit", str(config)], check=True, env=env, stdout=subprocess.DEVNULL)
         path = Path(folder) / "runs" / "overhead" / "pretrain" / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-    pairs = list(zip(lines, lines[1:], strict=False))[20:-1]  # the first steps warm up, the last one saves
+    pairs = list(itertools.pairwise(lines))[20:-1]  # the first steps warm up, the last one saves
     between = [b["time"] - a["time"] for a, b in pairs]
-    engine = [b["perf/step_s"] - b["perf/data_wait_s"] for _, b in pairs]
+    engine = [b["perf/step_s"] - b["perf/data_wait_s"] for _, b in pairs]  # so the loader counts as overhead
     overhead = [w - e for w, e in zip(between, engine, strict=True)]
     return {
         "steps": len(pairs),

@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.registry import find
 from orchestrator.schedule import total_tokens
 from orchestrator.spec import ClusterSpec, Experiment, Limits, ModelSpec, StageSpec
+from orchestrator.store import mask
 
 NO_BF16 = ("V100", "T4", "P100")  # NVIDIA before Ampere (CUDA C++ Programming Guide, section 20.1)
 
@@ -57,6 +58,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
     if found:
         return found  # the other rules divide by these numbers
     found += _model(model)
+    found += _tracking(experiment.tracking.uri)
     if not find("jobs", stage.kind).PER_GPU:
         return found
     where = f"stages.{name}"
@@ -104,6 +106,15 @@ def _model(model: ModelSpec) -> Iterator[Problem]:
         yield Problem(
             message=f"model: `window` {model.window} is longer than `seq_len` {model.seq_len}",
             hint=f"`model.window` may be 1 to {model.seq_len}; or `model.attention=dense`",
+        )
+
+
+def _tracking(uri: str | None) -> Iterator[Problem]:
+    """A secret in the config would be copied into every run folder."""
+    if uri and mask(uri) != uri:
+        yield Problem(
+            message=f"`tracking.uri` {mask(uri)} names a user or a password, and configs are kept in run folders",
+            hint="leave them out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         )
 
 

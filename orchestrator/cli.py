@@ -275,10 +275,12 @@ def sync(root: Path, run: str | None) -> None:
     """Send to MLflow what it has not seen yet, of one run or of all."""
     from orchestrator import track
     from orchestrator.run import find_runs, list_runs
+    from orchestrator.submit import alive
 
     for r in find_runs(root, run) if run else list_runs(root):
         if r.submissions:
             click.echo(f"{r.name}: {track.sync(r)} steps sent")
+            track.reconcile(r, alive(r))
 
 
 @cli.command()

@@ -89,12 +89,17 @@ def dashboard_url(run: Run, base: str) -> str | None:
 
 
 def addresses(root: Path, uri: str | None, base: str) -> list[tuple[str, str]]:
-    """(experiment, page) of everything below ``root`` that is tracked at ``uri``, the newest submission first."""
+    """(experiment, page) of everything below ``root`` that is tracked at ``uri``, the newest submission first.
+
+    Without ``uri``, runs that are tracked by a server elsewhere are there too, with their page on that server.
+    """
     newest: dict[tuple[str, str], float] = {}
     for run in list_runs(root):
         sent = read_json(run.folder / "tracking.json", {})
-        if sent.get("uri") == mask(tracking_uri(root, uri)):
-            key = (run.experiment, address(base, sent["experiment_id"]))
+        at = sent.get("uri", "")
+        server = base if at == mask(tracking_uri(root, uri)) else at if uri is None and at.startswith("http") else ""
+        if server and sent.get("experiment_id"):
+            key = (run.experiment, address(server, sent["experiment_id"]))
             submitted_at = max((s.submitted_at for s in run.submissions), default=0.0)
             newest[key] = max(newest.get(key, 0.0), submitted_at)
     return sorted(newest, key=lambda key: newest[key], reverse=True)

@@ -8,7 +8,9 @@ Every file has one writer, and is replaced at once, so that a reader never sees 
     failures/<attempt>-<rank>.json  each rank that raised: what, when
     heartbeat.json  metrics.jsonl   rank 0, as it trains
     tracking.json                   whoever holds the tracking lock: MLflow ids, what was sent
-    logs/<attempt>-<rank>.log       each rank
+    logs/<attempt>-<rank>.log       each rank; the forwarder's and the supervisor's beside them
+    loss-curve.png                  the forwarder, at the end
+    submitit/<submission>/          the local launcher and submitit
     checkpoints/step-0000500/       all ranks; MANIFEST.json last
 """
 

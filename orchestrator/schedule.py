@@ -6,7 +6,7 @@ stored in a checkpoint but the number of tokens seen.
 
 import math
 
-from orchestrator.spec import ScheduleSpec, StageSpec
+from orchestrator.spec import StageSpec
 
 
 def batch_at(stage: StageSpec, seen: int, seq_len: int) -> int:

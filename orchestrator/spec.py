@@ -111,7 +111,7 @@ class DataSpec:
     folder: str = "data"
     sources: dict[str, SourceSpec] = field(default_factory=dict)
     tokenizer: str | None = None  # a tokenizer.json; None: train one of model.vocab tokens
-    val_fraction: float = 0.05  # share of the documents of each text source that is held out
+    val_fraction: float = 0.05  # share of each text source that is held out
     seed: int = 1234  # of the sample order
 
 

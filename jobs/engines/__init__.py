@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step says of itself, the same on every rank."""
+    """What one optimizer step says of itself."""
 
-    loss: float  # mean over the global batch
-    grad_norm: float  # global 2-norm before clipping
+    loss: float  # mean over this rank's micro-batches; the loop averages it over the ranks
+    grad_norm: float  # global 2-norm before clipping, the same on every rank
 
 
 class Engine(Protocol):

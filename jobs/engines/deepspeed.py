@@ -115,7 +115,7 @@ class DeepSpeedEngine:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return StepResult(loss=dist.average(loss), grad_norm=float(norm))
+        return StepResult(loss=loss.item(), grad_norm=float(norm))
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Negative log-likelihoods (B, T) of this rank's batch, fp32, without gradients."""

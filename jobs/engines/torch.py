@@ -72,7 +72,7 @@ class TorchEngine:
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=dist.average(loss), grad_norm=_whole(norm).item())
+        return StepResult(loss=loss.item(), grad_norm=_whole(norm).item())
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Negative log-likelihoods (B, T) of this rank's batch, fp32, without gradients."""

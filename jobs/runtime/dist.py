@@ -42,9 +42,14 @@ def start(ranks: Ranks, rendezvous: Path | None = None) -> torch.device:
     return device
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is set on any rank."""
-    return total(float(flag)) > 0
+def mean_and_any(value: float, flag: bool) -> tuple[float, bool]:
+    """Mean of ``value`` over the ranks, and whether ``flag`` is set on any of them: one collective for both."""
+    import torch
+    import torch.distributed as td
+
+    t = torch.tensor([value, float(flag)], dtype=torch.float64)
+    td.all_reduce(t)
+    return t[0].item() / td.get_world_size(), t[1].item() > 0
 
 
 def total(value: float) -> float:
@@ -55,15 +60,6 @@ def total(value: float) -> float:
     t = torch.tensor(value, dtype=torch.float64)
     td.all_reduce(t)
     return t.item()
-
-
-def average(value: torch.Tensor) -> float:
-    """Mean over the ranks of a scalar on any device."""
-    import torch.distributed as td
-
-    t = value.detach().double()
-    td.all_reduce(t)
-    return t.item() / td.get_world_size()
 
 
 def broadcast(value: object) -> object:

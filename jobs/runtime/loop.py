@@ -83,16 +83,17 @@ def train(
         after = Position(step=at.step + 1, samples=at.samples + size, tokens=at.tokens + size * seq_len)
         lr = learning_rate(stage, after.tokens, decay_tokens)
         result = engine.train_step(batches, lr=lr)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        loss, stopping = dist.mean_and_any(result.loss, bool(job.stop.cause))
+        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
             raise TrainingError(
-                f"step {after.step}: loss {result.loss}, gradient norm {result.grad_norm}",
+                f"step {after.step}: loss {loss}, gradient norm {result.grad_norm}",
                 hint=f"the last checkpoint is step {saved}; lower `optimizer.lr`, lengthen the warm-up, or look at "
                 f"samples {at.samples} to {after.samples}",
             )
         at = after
         step_s = time.perf_counter() - started
         values = {
-            "train/loss": result.loss,
+            "train/loss": loss,
             "train/lr": lr,
             "train/grad_norm": result.grad_norm,
             **_performance(job, step_s, size * seq_len),
@@ -105,7 +106,6 @@ def train(
             values["val/loss"] = evaluate(job, engine, held_out, samples or held_out.samples_per_epoch)
         job.report(at.step, values, tokens=at.tokens)
         stall_s = 0.0
-        stopping = dist.any_rank(bool(job.stop.cause))
         if last or stopping or at.step % stage.save_every == 0:
             before = time.perf_counter()
             if _save(job, engine, data, at):
@@ -113,7 +113,7 @@ def train(
                 job.note(to_step=at.step, checkpoint_step=saved)
             stall_s = time.perf_counter() - before
         if stopping and not last:
-            raise Stopped(str(dist.broadcast(job.stop.cause)) or "cancelled", at.step)  # type: ignore[arg-type]
+            raise Stopped(next(filter(None, dist.gather(job.stop.cause))), at.step)
     job.note(to_step=at.step)
     if saved < at.step:
         raise TrainingError(

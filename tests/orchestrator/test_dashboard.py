@@ -45,7 +45,7 @@ def all_drawn(charts: dict | None, *, stages: int) -> dict | None:
     return charts if charts and all(len(charts.get(title, {})) == stages for title in first) else None
 
 
-def test_addresses_are_of_one_store_and_newest_first(tmp_path):
+def test_addresses_are_newest_first_and_each_on_its_server(tmp_path):
     for name, uri, submitted_at in (("old", None, 1.0), ("new", None, 2.0), ("elsewhere", "http://10.0.0.1:5", 3.0)):
         for run in make_chain(tmp_path, name=name, uri=uri):
             run.submissions[0].submitted_at = submitted_at
@@ -54,8 +54,9 @@ def test_addresses_are_of_one_store_and_newest_first(tmp_path):
     unheard_of = make_chain(tmp_path, name="untracked")[0]
     base = "http://127.0.0.1:1"
     found = dashboard.addresses(tmp_path, None, base)
-    assert [name for name, _ in found] == ["new", "old"]
-    assert "/#/experiments/id-new/runs?compareRunsMode=CHART" in found[0][1]
+    assert [name for name, _ in found] == ["elsewhere", "new", "old"]
+    assert found[0][1].startswith("http://10.0.0.1:5/#/experiments/id-elsewhere/")
+    assert found[1][1].startswith(f"{base}/#/experiments/id-new/runs?compareRunsMode=CHART")
     assert [name for name, _ in dashboard.addresses(tmp_path, "http://10.0.0.1:5", base)] == ["elsewhere"]
     assert dashboard.dashboard_url(unheard_of, base) is None
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from orchestrator.compose import compose
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.plan import FAILURES_PER_NODE_S, Estimate, check, estimate, plan, signal_lead_s
-from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, ParallelPlan, ScheduleSpec, StageSpec
+from orchestrator.spec import (
+    ClusterSpec,
+    Experiment,
+    ModelSpec,
+    ParallelPlan,
+    ScheduleSpec,
+    StageSpec,
+    TrackingSpec,
+)
 
 A100 = ClusterSpec(gpu="A100-SXM4-80GB", gpus_per_node=8, gpu_memory_gb=80, gpu_tflops=312)
 GPT3 = ModelSpec(layers=96, hidden=12288, heads=96, vocab=51200)
@@ -288,3 +296,11 @@ def test_an_estimate_has_plain_fields() -> None:
     assert isinstance(e, Estimate)
     assert replace(e, stage="t").to_json() == {**e.to_json(), "stage": "t"}
     assert ParallelPlan().zero == 0
+
+
+def test_a_password_never_reaches_a_run_folder() -> None:
+    tracked = replace(experiment(), tracking=TrackingSpec(uri="https://ann:secret@mlflow.example.org"))
+    (problem,) = [p for p in check(tracked, "s") if "tracking.uri" in p.message]
+    assert "secret" not in problem.message + problem.hint
+    assert "MLFLOW_TRACKING_PASSWORD" in problem.hint
+    assert not check(replace(experiment(), tracking=TrackingSpec(uri="https://mlflow.example.org")), "s")

@@ -1,5 +1,6 @@
 """Schedules against closed forms and GPT-3's published recipe (Brown et al. 2020, appendix B)."""
 
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def test_ramp_grows_linearly_in_whole_steps():
     assert batch_at(stage, 5_000, 2048) == 816  # 16 + 1600 / 2
     assert batch_at(stage, 10_000, 2048) == batch_at(stage, 10**9, 2048) == 1616
     sizes = _sizes(stage, 2048)
-    assert all(b % 16 == 0 and a <= b for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b % 16 == 0 and a <= b for a, b in itertools.pairwise(sizes))
     assert total_tokens(stage, 2048) == sum(sizes) * 2048
 
 

@@ -55,7 +55,7 @@ def _train(engine, ranks, steps, model=MODEL):
     for step in steps:
         batches = [_batch(step, (t * ranks.world + ranks.rank) * micro, micro, model) for t in range(turns)]
         result = engine.train_step(batches, lr=LR)
-        seen.append((result.loss, result.grad_norm))
+        seen.append((dist.mean_and_any(result.loss, False)[0], result.grad_norm))
     return seen
 
 
@@ -139,7 +139,7 @@ def _ramp(ranks):
         for step, size in enumerate([4, 4, 8, 8]):
             turns = size // (2 * ranks.world)
             batches = [_batch(step, (t * ranks.world + ranks.rank) * 2, 2) for t in range(turns)]
-            losses.append(engine.train_step(batches, lr=LR).loss)
+            losses.append(dist.mean_and_any(engine.train_step(batches, lr=LR).loss, False)[0])
         seen[name] = losses
         _close(ranks, engine)
     return seen

@@ -55,7 +55,7 @@ def _everything(ranks, root):
         (checkpoint.folder_of(root, 30) / "shard-0").unlink()
         (checkpoint.folder_of(root, 20) / checkpoint.MANIFEST).write_text("{")
     dist.barrier()
-    with pytest.raises(CheckpointError, match="all 3 checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 3 checkpoints in .* are damaged"):
         checkpoint.newest(root, ranks=ranks)
 
     assert _save(ranks, root, 70)
@@ -109,7 +109,7 @@ def test_identity_names_every_difference(tmp_path):
     mine = {"model": {"layers": 4, "hidden": 64}, "layout": {"world": 2, "zero": 1}}
     checkpoint.check_identity(tmp_path, mine, mine)
     saved = {"model": {"layers": 8, "hidden": 64}, "layout": {"world": 4, "zero": 1}}
-    with pytest.raises(CheckpointError, match="`layout.world` is 4 there and 2 here; `model.layers` is 8 there and 4"):
+    with pytest.raises(CheckpointError, match=r"`layout.world` is 4 there and 2 here; `model.layers` is 8 there and 4"):
         checkpoint.check_identity(tmp_path, saved, mine)
-    with pytest.raises(CheckpointError, match="model.layers"):
+    with pytest.raises(CheckpointError, match=r"model\.layers"):
         checkpoint.check_identity(tmp_path, saved, mine, free=("layout.world",))
