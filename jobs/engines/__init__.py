@@ -55,5 +55,5 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Read what ``save`` wrote; with ``weights_only``, leave the optimizer as it is."""
+        """Read what ``save`` wrote; with ``weights_only``, the optimizer starts anew."""
         ...

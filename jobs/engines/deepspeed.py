@@ -93,9 +93,15 @@ class DeepSpeedEngine:
         o = stage.optimizer
         on_cpu = self.device.type == "cpu" or stage.parallel.offload != "none"
         optimizer = torch.optim.AdamW(
-            decay_groups(self.module, o.weight_decay), lr=o.lr, betas=o.betas, eps=o.eps, fused=not on_cpu
+            # lr: `train_step` sets it; DeepSpeed takes a first step itself, without gradients, to allocate the moments
+            decay_groups(self.module, o.weight_decay),
+            lr=0.0,
+            betas=o.betas,
+            eps=o.eps,
+            fused=not on_cpu,
         )
         self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config(stage, ranks))
+        self._reset_optimizer()
         self.files = _checkpoint_files()
         self.engine.checkpoint_engine = self.files
 
@@ -107,11 +113,13 @@ class DeepSpeedEngine:
             group["lr"] = lr
         self.engine.set_train_batch_size(len(batches) * self.stage.parallel.micro_batch * self.ranks.world)
         loss, norm = torch.zeros((), device=self.device), None
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            self.engine.set_gradient_accumulation_boundary(last)  # its own count goes wrong when the batch grows
             part = self.loss_fn(self.engine(*self._inputs(batch)), batch)
             self.engine.backward(part)
             loss += part.detach() / len(batches)
-            if self.engine.is_gradient_accumulation_boundary() and self._plain:
+            if last and self._plain:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
@@ -152,15 +160,23 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         """Read what ``save`` wrote, with the same engine settings and number of ranks."""
-        path, _ = self.engine.load_checkpoint(
-            str(folder),
-            tag=TAG,
-            load_optimizer_states=not weights_only,
-            load_lr_scheduler_states=False,
-            load_module_only=weights_only,
-        )
+        groups = self.engine.optimizer.param_groups
+        mine = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"`{folder}` holds no checkpoint of engine `deepspeed`")
+        if not weights_only:
+            return
+        # ZeRO keeps the fp32 weights with the optimizer, so both are read, and the optimizer is set back.
+        for group, values in zip(self.engine.optimizer.param_groups, mine, strict=True):
+            group.update(values)
+        self._reset_optimizer()
+
+    def _reset_optimizer(self) -> None:
+        """Set AdamW's moments and its count of steps to zero."""
+        for state in self.engine.basic_optimizer.state.values():
+            for value in state.values():
+                value.zero_()
 
     @property
     def _plain(self) -> bool:

@@ -56,7 +56,8 @@ class TorchEngine:
         )
 
     def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """One AdamW step over ``batches``; gradients are reduced once, with the last."""
+        """One AdamW step over ``batches``. DDP reduces gradients once, with the last; FSDP2 with each, as they
+        would not be sharded until then."""
         import torch
 
         for group in self.optimizer.param_groups:
@@ -86,21 +87,17 @@ class TorchEngine:
             return nll
         finally:
             self.module.train(training)
+            self._reshard()  # ZeRO-2 waits for a backward pass with that, and `save` would find gathered weights
 
     @contextmanager
     def gathered(self) -> Iterator[torch.nn.Module]:
         """The whole module on every rank."""
-        if not self.sharded:
-            yield self.module
-            return
-        shards = [m for m in self.module.modules() if hasattr(m, "unshard")]
-        for m in shards:
+        for m in self._fsdp_modules():
             m.unshard()
         try:
             yield self.module
         finally:
-            for m in shards:
-                m.reshard()
+            self._reshard()
 
     def save(self, folder: Path) -> None:
         """Write slices along dim 0 as safetensors: rank 0 the whole of it (DDP), or each rank its own."""
@@ -126,6 +123,14 @@ class TorchEngine:
                 local = _local(t)
                 local.copy_(slices.rows(key, *_rows(t)) if t.dim() else slices.scalar(key))
 
+    def _fsdp_modules(self) -> list[Any]:
+        """The modules that FSDP2 gathers and shards; none under DDP."""
+        return [m for m in self.module.modules() if hasattr(m, "unshard")]
+
+    def _reshard(self) -> None:
+        for m in self._fsdp_modules():
+            m.reshard()
+
     def _loss(self, batch: Batch) -> torch.Tensor:
         with self._autocast():
             nll = self.replica(*self._inputs(batch))
@@ -145,17 +150,10 @@ class TorchEngine:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    @contextmanager
-    def _accumulating(self, *, last: bool) -> Iterator[None]:
-        """Leave gradients unreduced until the last micro-batch."""
-        if self.sharded:
-            self.module.set_requires_gradient_sync(last)
-            yield
-        elif self.ranks.world > 1 and not last:
-            with self.replica.no_sync():
-                yield
-        else:
-            yield
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Under DDP, leave gradients unreduced until the last micro-batch."""
+        wait = not last and not self.sharded and self.ranks.world > 1
+        return self.replica.no_sync() if wait else nullcontext()
 
     def _fill_optimizer(self) -> None:
         """Give every parameter its AdamW state, so that there are tensors to load into."""

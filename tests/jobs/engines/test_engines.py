@@ -34,7 +34,7 @@ def _stage(engine, zero, **changes):
 
 def _batch(step, first, count, model=MODEL):
     generator = torch.Generator().manual_seed(1000 + step)
-    x = torch.randint(0, model.vocab, (BATCH, model.seq_len + 1), generator=generator)[first : first + count]
+    x = torch.randint(0, model.vocab, (2 * BATCH, model.seq_len + 1), generator=generator)[first : first + count]
     return {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
 
 
@@ -130,13 +130,16 @@ def test_bf16_stays_near_fp32(reference):
         assert losses != reference, "this was fp32"
 
 
+RAMP = [4, 8, 8, 12, 4]
+
+
 def _ramp(ranks):
-    """A batch that grows: 4 sequences, then 8; losses must be those of the same batches at once."""
+    """A batch that changes; losses must be those of the same batches at once."""
     seen = {}
-    for name, case in {"ddp": ("torch", 0), "ds2": ("deepspeed", 2)}.items():
+    for name, case in (TORCH | DEEPSPEED).items():
         engine = _build(_stage(*case), ranks)
         losses = []
-        for step, size in enumerate([4, 4, 8, 8]):
+        for step, size in enumerate(RAMP):
             turns = size // (2 * ranks.world)
             batches = [_batch(step, (t * ranks.world + ranks.rank) * 2, 2) for t in range(turns)]
             losses.append(dist.mean_and_any(engine.train_step(batches, lr=LR).loss, False)[0])
@@ -145,11 +148,11 @@ def _ramp(ranks):
     return seen
 
 
-def test_a_growing_batch():
+def test_a_batch_of_changing_size():
     module = _make()
     optimizer = torch.optim.AdamW(decay_groups(module, 0.1), lr=LR, betas=(0.9, 0.95))
     wanted = []
-    for step, size in enumerate([4, 4, 8, 8]):
+    for step, size in enumerate(RAMP):
         batch = _batch(step, 0, size)
         loss = module(batch["tokens"], batch["targets"]).mean()
         loss.backward()
@@ -157,8 +160,8 @@ def test_a_growing_batch():
         optimizer.step()
         optimizer.zero_grad()
         wanted.append(loss.item())
-    for losses in run_ranks(_ramp, 2)[0].values():
-        assert losses == pytest.approx(wanted, abs=1e-5)
+    for name, losses in run_ranks(_ramp, 2)[0].items():
+        assert losses == pytest.approx(wanted, abs=1e-5), name
 
 
 DROPOUT = replace(MODEL, dropout=0.1)
@@ -177,6 +180,7 @@ def _resume(ranks, root, cases):
         torch.manual_seed(ranks.rank)
         engine = _build(stage, ranks, DROPOUT)
         _train(engine, ranks, range(3), DROPOUT)
+        engine.forward(_batch(99, 0, 2, DROPOUT))  # an evaluation before the save must leave no trace
         engine.save(folder)
         _save_rng(folder, job)
         unbroken = _train(engine, ranks, range(3, 6), DROPOUT)
@@ -197,6 +201,46 @@ def test_resume_is_bitwise(tmp_path, precision):
     cases = {name: _stage(*case, precision=precision) for name, case in (TORCH | DEEPSPEED).items()}
     for unbroken, resumed in run_ranks(_resume, 2, tmp_path, cases)[0].values():
         assert resumed == unbroken
+
+
+def _start_from(ranks, root, cases):
+    """Loss with the weights of another run, before and after they are loaded, and how far the first step moves them."""
+    seen = {}
+    for name, stage in cases.items():
+        folder = root / name
+        folder.mkdir(exist_ok=True)
+        dist.barrier()
+        engine = _build(stage, ranks)
+        _train(engine, ranks, range(3))
+        engine.save(folder)
+        wanted = engine.forward(_batch(99, 0, 2)).tolist()
+        _close(ranks, engine)
+
+        engine = _build(replace(stage, optimizer=replace(stage.optimizer, weight_decay=0.0)), ranks)
+        fresh = engine.forward(_batch(99, 0, 2)).tolist()
+        engine.load(folder, weights_only=True)
+        loaded = engine.forward(_batch(99, 0, 2)).tolist()
+        tables = []
+        for steps in (range(0), range(5, 6)):
+            _train(engine, ranks, steps)
+            with engine.gathered() as whole:
+                tables.append(whole.embed.weight.detach().float().clone())
+        optimizer = engine.engine.optimizer if hasattr(engine, "engine") else engine.optimizer
+        moved = (tables[1] - tables[0]).abs().mean().item()
+        seen[name] = (wanted, fresh, loaded, moved, [g["weight_decay"] for g in optimizer.param_groups])
+        _close(ranks, engine)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_weights_of_another_run(tmp_path, precision):
+    """Adam's first step moves each weight by the learning rate (arXiv:1412.6980, section 2.1), a later one by less."""
+    cases = {name: _stage(*case, precision=precision) for name, case in (TORCH | DEEPSPEED).items()}
+    for name, (wanted, fresh, loaded, moved, decay) in run_ranks(_start_from, 2, tmp_path, cases)[0].items():
+        assert loaded == wanted != fresh, name
+        assert moved == pytest.approx(LR, rel=0.02), name
+        assert set(decay) == {0.0}, name
 
 
 def _save_only(ranks, folder, stage):
