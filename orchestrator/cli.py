@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,15 +39,26 @@ class Ordered(click.Group):
         try:
             return super().invoke(ctx)
         except OrchError as error:
-            _say("error:", "red", str(error))
-            if error.hint:
-                _say("hint:", "cyan", error.hint)
+            _say_error(error)
+            ctx.exit(1)
+        except BrokenPipeError:
+            raise  # `orch ... | head`: click leaves quietly
+        except OSError as error:
+            _say_error(OrchError(str(error), hint="is the disk full, or the folder another user's?"))
             ctx.exit(1)
 
 
+def _say_error(error: OrchError) -> None:
+    _say("error:", "red", str(error))
+    if error.hint:
+        _say("hint:", "cyan", error.hint)
+
+
 def _say(word: str, color: str, text: str) -> None:
+    from orchestrator.show import pasteable
+
     plain = False if os.environ.get("NO_COLOR") else None
-    click.echo(f"{click.style(word, fg=color, bold=True)} {text}", err=True, color=plain)
+    click.echo(f"{click.style(word, fg=color, bold=True)} {pasteable(text)}", err=True, color=plain)
 
 
 def _complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -110,7 +122,7 @@ def init(folder: Path) -> None:
     files = copy_presets(folder)
     for file in files:
         click.echo(file)
-    _next(f"orch plan {folder / 'configs' / 'demo.yaml'}")
+    _next(shlex.join(["orch", "plan", str(folder / "configs" / "demo.yaml")]))
 
 
 @cli.command()
@@ -153,8 +165,11 @@ def plan(config: str, overrides: Sequence[str], stages: Sequence[str], force: bo
     if as_json:
         show.as_json(estimates)
         return
-    show.plans(estimates)
-    _next("orch submit " + " ".join([config, *overrides]))
+    if estimates:
+        show.plans(estimates)
+    else:
+        click.echo("nothing to estimate: none of these stages trains", err=True)
+    _next(_submission(config, overrides, stages, force=force))
 
 
 @cli.command()
@@ -176,7 +191,7 @@ def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_
     Examples:
       orch submit configs/demo.yaml
       orch submit configs/demo.yaml stages.pretrain.steps=1000 name=demo-long
-      orch submit configs/gpt3-125m.yaml cluster=local --stage prepare --detach
+      orch submit configs/demo.yaml --stage prepare --detach
     """
     from orchestrator.submit import submit as hand_over
 
@@ -186,7 +201,7 @@ def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_
         for run in runs:
             click.echo(run.folder)
         click.echo("nothing was started", err=True)
-        _next("orch submit " + " ".join([config, *overrides]))
+        _next(_submission(config, overrides, **how))
     elif runs:
         _watch(runs, detach)
     else:
@@ -230,11 +245,14 @@ def status(root: Path, run: str | None, as_json: bool) -> None:
 @click.pass_obj
 def logs(root: Path, run: str, rank: int, attempt: str | None, follow: bool) -> None:
     """Print the log of a run."""
-    from orchestrator.follow import print_log
+    from orchestrator.follow import print_log, until_begun
     from orchestrator.run import find_runs
     from orchestrator.show import log_file
 
-    chosen, path = log_file(find_runs(root, run), attempt, rank)
+    runs = find_runs(root, run)
+    if follow and not attempt:
+        until_begun(runs)
+    chosen, path = log_file(runs, attempt, rank)
     click.echo(f"==> {path}", err=True)
     print_log(path, sys.stdout, chosen if follow else None)
 
@@ -277,10 +295,17 @@ def sync(root: Path, run: str | None) -> None:
     from orchestrator.run import find_runs, list_runs
     from orchestrator.submit import alive
 
+    failed = False
     for r in find_runs(root, run) if run else list_runs(root):
         if r.submissions:
-            click.echo(f"{r.name}: {track.sync(r)} steps sent")
-            track.reconcile(r, alive(r))
+            try:
+                click.echo(f"{r.name}: {track.sync(r)} steps sent")
+                track.reconcile(r, alive(r))
+            except OrchError as error:  # the others may be tracked elsewhere
+                failed = True
+                _say_error(type(error)(f"run `{r.name}`: {error}", hint=error.hint))
+    if failed:
+        sys.exit(1)
 
 
 @cli.command()
@@ -370,9 +395,21 @@ def _watch(runs: Sequence["Run"], detach: bool) -> None:
         sys.exit(1)
 
 
+def _submission(
+    config: str, overrides: Sequence[str], stages: Sequence[str], *, launcher: str | None = None, force: bool = False
+) -> str:
+    """The `orch submit` for what was planned, as a shell takes it."""
+    options = [word for name in stages for word in ("--stage", name)]
+    options += ["--launcher", launcher] if launcher else []
+    options += ["--force"] if force else []
+    return shlex.join(["orch", "submit", config, *overrides, *options])
+
+
 def _next(*commands: str) -> None:
     """Say what is likely to be typed next."""
-    click.echo("next: " + ", ".join(f"`{c}`" for c in commands), err=True)
+    from orchestrator.show import pasteable
+
+    click.echo(pasteable("next: " + ", ".join(f"`{c}`" for c in commands)), err=True)
 
 
 def main() -> None:

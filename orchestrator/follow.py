@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
+from orchestrator.errors import LaunchError
 from orchestrator.run import Run
-from orchestrator.show import duration, err
-from orchestrator.submit import alive, cancel
+from orchestrator.show import duration, err, pasteable
+from orchestrator.submit import alive, cancel, state
 
 POLL_S = 0.5
 LINE_S = 10.0  # between two lines of one run, where stderr is no terminal
@@ -33,12 +34,21 @@ def follow(runs: Sequence[Run]) -> bool:
                 time.sleep(POLL_S)
             except KeyboardInterrupt:
                 if asked:
-                    shown.say("left; the runs save and stop on their own (`orch cancel RUN --now` kills them)")
+                    kill = pasteable(f"`orch cancel {runs[0].experiment} --now`")
+                    shown.say(f"left; the runs save and stop on their own ({kill} kills them)")
                     return False
                 asked = True
                 shown.say("asking the runs to save and stop; Ctrl-C again leaves them to it")
-                if any(alive(run) for run in runs):
+                try:
                     cancel(runs)
+                except LaunchError as e:  # such as: the last one has ended meanwhile
+                    shown.say(str(e))
+
+
+def until_begun(runs: Sequence[Run]) -> None:
+    """Return once one of ``runs`` is running or none is queued: before that, the newest log is an old one."""
+    while "queued" in (states := {state(Run.load(run.folder)) for run in runs}) and "running" not in states:
+        time.sleep(POLL_S)
 
 
 def print_log(path: Path, target: IO[str], run: Run | None = None) -> None:

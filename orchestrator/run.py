@@ -125,9 +125,15 @@ class Run:
     def spec(self) -> Experiment:
         """The experiment, as it was resolved at submit (``spec.yaml``)."""
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
 
-        merged = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.load(self.folder / "spec.yaml"))
-        return cast(Experiment, OmegaConf.to_object(merged))
+        file = self.folder / "spec.yaml"
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.load(file))
+            return cast(Experiment, OmegaConf.to_object(merged))
+        except (OSError, YAMLError, OmegaConfBaseException) as e:
+            raise _unreadable(file, e) from e
 
     def save(self) -> None:
         """Replace ``run.json``. Only the control plane may, under ``lock("run")``."""
@@ -137,12 +143,16 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> "Run":
-        """Read ``run.json`` in ``folder``. Raises LaunchError where there is none."""
-        value = read_json(folder / "run.json")
-        if value is None:
-            raise LaunchError(f"no run in `{folder}`", hint="`orch status` lists the runs there are")
-        value["submissions"] = [Submission(**s) for s in value["submissions"]]
-        return cls(folder=folder, **value)
+        """Read ``run.json`` in ``folder``. Raises LaunchError where there is none, or none that can be read."""
+        file = folder / "run.json"
+        try:
+            value = read_json(file)
+            if value is None:
+                raise LaunchError(f"no run in `{folder}`", hint="`orch status` lists the runs there are")
+            value["submissions"] = [Submission(**s) for s in value["submissions"]]
+            return cls(folder=folder, **value)
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise _unreadable(file, e) from e
 
     def attempts(self) -> list[Attempt]:
         """Every start of the job so far, oldest first."""
@@ -205,6 +215,14 @@ class Run:
                         ) from None
                     time.sleep(0.05)
             yield
+
+
+def _unreadable(file: Path, error: Exception) -> LaunchError:
+    reason = str(error).strip().partition("\n")[0]
+    return LaunchError(
+        f"cannot read `{file}`: {type(error).__name__}: {reason}",
+        hint=f"restore it, or move `{file.parent}` out of the runs folder: the other runs do not need it",
+    )
 
 
 def read_metrics(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

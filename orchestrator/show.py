@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +37,19 @@ def err() -> "Console":
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def pasteable(text: str) -> str:
+    """``text``, where the commands that need the `--runs` of this one have it too."""
+    import click
+    from click.core import ParameterSource
+
+    context = click.get_current_context(silent=True)
+    root = context and context.find_root()
+    if not root or root.get_parameter_source("runs") is not ParameterSource.COMMANDLINE:
+        return text
+    runs = f"`orch --runs {shlex.quote(str(root.params['runs']))} "
+    return re.sub(r"`orch (?=(?:submit|status|logs|resume|cancel|sync|ui)\b)", lambda _: runs, text)
+
+
 def as_json(value: Any) -> None:
     """Print ``value`` as JSON."""
     print(json.dumps(value, indent=2, default=str))  # noqa: T201
@@ -44,26 +59,29 @@ def as_json(value: Any) -> None:
 
 
 def plans(estimates: Sequence[Mapping[str, Any]]) -> None:
-    """One row per stage of `orch plan --json`."""
-    columns = ("stage", "engine", "params", "layout", "memory", "step", "tokens/s", "MFU", "time", "GPU-hours", "cost")
-    table = _table(*columns)
-    for e in estimates:
-        memory = f"{e['memory_gb']['total']:.1f} of {e['gpu_memory_gb']:g} GB"
-        table.add_row(
-            e["stage"],
-            e["engine"],
-            _count(e["params"]),
-            f"{e['world']} = {e['data']} x {e['pipeline']} x {e['tensor']}",
-            memory if e["fits"] else f"[bold red]{memory}: too much[/]",
-            duration(e["step_s"]),
-            f"{e['tokens_per_s']:,.0f}",
-            f"{e['mfu']:.1%}",
-            duration(e["days"] * 86400),
-            f"{e['gpu_hours']:,.1f}",
-            f"${e['usd']:,.0f}" if e["usd"] else NOTHING,
-        )
+    """One column per stage of `orch plan --json`: a row for each would be wider than a terminal."""
+    table = _table("stage", *(e["stage"] for e in estimates))
+    columns = [_plan(e) for e in estimates]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
     out().print(table)
     err().print("layout: ranks = data x pipeline x tensor")
+
+
+def _plan(e: Mapping[str, Any]) -> dict[str, str]:
+    memory = f"{e['memory_gb']['total']:.1f} of {e['gpu_memory_gb']:g} GB"
+    return {
+        "engine": e["engine"],
+        "params": _count(e["params"]),
+        "layout": f"{e['world']} = {e['data']} x {e['pipeline']} x {e['tensor']}",
+        "memory": memory if e["fits"] else f"[bold red]{memory}: too much[/]",
+        "step": duration(e["step_s"]),
+        "tokens/s": f"{e['tokens_per_s']:,.0f}",
+        "MFU": f"{e['mfu']:.1%}",
+        "time": duration(e["days"] * 86400),
+        "GPU-hours": f"{e['gpu_hours']:,.1f}",
+        "cost": f"${e['usd']:,.0f}" if e["usd"] else NOTHING,
+    }
 
 
 # Runs
@@ -94,12 +112,13 @@ def reconcile(runs: Sequence[Run], living: Sequence[bool]) -> str:
     """Give the MLflow runs their statuses; return why that failed, or nothing."""
     from orchestrator import track
 
-    try:
-        for run, lives in zip(runs, living, strict=True):
+    problem = ""
+    for run, lives in zip(runs, living, strict=True):
+        try:
             track.reconcile(run, lives)
-    except TrackingError as e:
-        return str(e)
-    return ""
+        except (TrackingError, LaunchError) as e:  # the others may be tracked elsewhere
+            problem = problem or str(e)
+    return problem
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -125,17 +144,20 @@ def details(run: Run, row: Mapping[str, Any]) -> None:
     table([row])
     console.print(f"folder: {_escape(str(run.folder))}", soft_wrap=True)
     attempts = _table("attempt", "host", "ranks", "steps", "time", "end")
+    beat, newest = run.heartbeat(), [a.name for a in run.attempts()][-1:]
     for a in run.attempts():
-        took = (a.ended_at or run.heartbeat().get("time") or time.time()) - a.started_at
-        end = a.cause or ("running" if row["state"] == "running" else "killed")
-        attempts.add_row(a.name, a.host, str(a.world), f"{a.from_step} to {a.to_step}", duration(took), end)
+        running = row["state"] == "running" and [a.name] == newest
+        until = a.ended_at or (time.time() if running else beat["time"] if beat.get("attempt") == a.name else None)
+        took = duration(until - a.started_at) if until else NOTHING
+        end = a.cause or ("running" if running else "killed")
+        attempts.add_row(a.name, a.host, str(a.world), f"{a.from_step} to {a.to_step}", took, end)
     if attempts.row_count:
         console.print(attempts)
     if row["state"] == "failed":
         message, hint = failure(run)
         console.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
         if hint:
-            console.print(f"[cyan]hint:[/] {_escape(hint)}", soft_wrap=True)
+            console.print(f"[cyan]hint:[/] {_escape(pasteable(hint))}", soft_wrap=True)
 
 
 def failure(run: Run) -> tuple[str, str]:
@@ -188,7 +210,8 @@ def deliver(runs: Sequence[Run]) -> None:
             if run.attempts():
                 track.sync(run)
     except (TrackingError, LaunchError) as e:
-        err().print(f"MLflow lacks the end: {_escape(str(e))}; `orch sync {runs[0].experiment}` sends it")
+        later = pasteable(f"`orch sync {runs[0].experiment}`")
+        err().print(f"MLflow lacks the end: {_escape(str(e))}; {_escape(later)} sends it")
 
 
 def ends(runs: Sequence[Run]) -> bool:
@@ -199,7 +222,7 @@ def ends(runs: Sequence[Run]) -> bool:
         if run.state(alive=False) == "failed":
             message, hint = failure(run)
             console.print(f"[bold red]error:[/] {_escape(message)}")
-            console.print(f"[bold cyan]hint:[/] {_escape(hint)}")
+            console.print(f"[bold cyan]hint:[/] {_escape(pasteable(hint))}")
     for run in runs:
         row = status(run)
         style = STYLES.get(row["state"], "default")
@@ -208,13 +231,13 @@ def ends(runs: Sequence[Run]) -> bool:
             console.print("  " + _escape(line))
     names = {r.experiment for r in runs}
     unfinished = [r for r in runs if r.state(alive=False) != "done"]
-    console.print("next:")
+    lines = ["next:"]
     for run in unfinished[:1]:
-        console.print(f"  `orch resume {run.experiment}` goes on with what is not done")
+        lines.append(f"  `orch resume {run.experiment}` goes on with what is not done")
         if run.submissions:
-            console.print(f"  `orch logs {run.name}` prints its log")
-    for name in sorted(names):
-        console.print(f"  `orch status {name}` shows its runs, `orch ui` their curves in MLflow")
+            lines.append(f"  `orch logs {run.name}` prints its log")
+    lines += [f"  `orch status {name}` shows its runs, `orch ui` their curves in MLflow" for name in sorted(names)]
+    console.print(_escape(pasteable("\n".join(lines))))
     return not unfinished
 
 
@@ -267,7 +290,7 @@ def _table(*columns: str) -> Any:
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, no_wrap=column != "last end")
+        made.add_column(column, no_wrap=column != "last end", overflow="fold")
     return made
 
 

@@ -176,11 +176,12 @@ def open_runs(runs: Sequence[Run], uri: str | None) -> list[str]:
 
 
 def sync(run: Run) -> int:
-    """Send what MLflow has not seen yet. Returns the number of lines sent.
+    """Send what MLflow has not seen yet, or has lost with its database. Returns the number of lines sent.
 
     Raises:
         TrackingError: MLflow cannot be reached, or refuses.
     """
+    _forget_if_lost(run)
     attempts = run.attempts()
     return _bring_up_to_date(run, alive=False if attempts and attempts[-1].ended_at else None)
 
@@ -213,6 +214,22 @@ def _bring_up_to_date(run: Run, *, alive: bool | None) -> int:
     with connect(uri) as client:
         _send_files(client, run)
     return lines
+
+
+def _forget_if_lost(run: Run) -> None:
+    """Take ``run`` for a new one where MLflow has been emptied since."""
+    with connect(tracking_uri(run.root, run.spec().tracking.uri)) as client, run.lock("tracking", wait_s=LOCK_S):
+        from mlflow.exceptions import MlflowException
+
+        sent = Sent.load(run)
+        try:
+            if sent.run_id:
+                client.get_run(sent.run_id)
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            log.warning("`%s` is not in MLflow any more: sending all of it again", run.name)
+            Sent().save(run)
 
 
 def _send_new(client: "MlflowClient", run: Run) -> int:

@@ -5,19 +5,24 @@ import os
 import pty
 import re
 import select
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner, Result
+from tracked import make_chain
 
 from launch import local
 from orchestrator.cli import cli
-from orchestrator.run import list_runs
+from orchestrator.run import Attempt, Submission, list_runs
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "help"
@@ -204,6 +209,93 @@ def test_doctor_finds_what_runs_this_test(folder):
     (folder / "runs").mkdir()
     (folder / "runs" / "mlflow.db").write_text("not a database")
     assert "file is not a database" in orch("doctor").stdout
+
+
+def test_the_next_command_can_be_pasted(folder):
+    words = "--runs 'my runs' submit tiny.yaml 'stages.train.after=[prepare, prepare]' --stage prepare --launcher local"
+    result = orch(*shlex.split(words), "--force", "--dry-run")
+    (told,) = re.findall(r"^next: `orch (.*)`$", result.stderr, flags=re.MULTILINE)
+    assert shlex.split(told) == [*shlex.split(words), "--force"]
+    again = orch("--runs", "my runs", "status", "x")
+    assert "`orch --runs 'my runs' status` lists the runs" in again.stderr
+    told = CliRunner().invoke(cli, ["status", "x"], env={"ORCH_RUNS": "my runs"}).stderr
+    assert "`orch status` lists the runs" in told  # the next command sees the variable too
+
+
+def test_the_plan_fits_a_terminal(folder, monkeypatch):
+    plan = orch("plan", "tiny.yaml", "stages.train.parallel.recompute=full").stdout
+    assert max(map(len, plan.splitlines())) < 80
+    assert re.search(r"^layout +2 = 2 x 1 x 1 *$", plan, flags=re.MULTILINE)
+    nothing = orch("plan", "tiny.yaml", "--stage", "prepare")
+    assert (nothing.exit_code, nothing.stdout) == (0, "") and "none of these stages trains" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [*[("run.json", text) for text in ("{", "[]", "{}")], *[("spec.yaml", text) for text in ("nme: 3", "{", None)]],
+)
+def test_a_damaged_run_folder_is_named(folder, file, content):
+    orch("submit", "tiny.yaml", "--dry-run")
+    damaged = folder / "runs" / "tiny" / "train" / file
+    damaged.write_text(content) if content else damaged.unlink()
+    result = orch("status")
+    assert result.exit_code == 1
+    shutil.rmtree(damaged.parent)
+    assert f"error: cannot read `{damaged}`" in result.stderr and "hint: restore it" in result.stderr
+    assert orch("status").exit_code == 0
+
+
+def test_an_attempt_killed_before_its_first_step_has_no_time(folder):
+    orch("submit", "tiny.yaml", "--dry-run")
+    run = list_runs(folder / "runs")[1]
+    (run.folder / "attempts").mkdir()
+    run.save_attempt(Attempt(name="1", job_id="", world=2, host="h", started_at=100.0))
+    run.save_attempt(Attempt(name="2", job_id="", world=2, host="h", started_at=500.0))
+    (run.folder / "heartbeat.json").write_text('{"attempt": "1", "step": 3, "steps": 10, "tokens": 8, "time": 103.0}')
+    told = orch("status", "tiny/train").stdout
+    assert re.search(r"^1 .* 3 s +killed", told, flags=re.MULTILINE)
+    assert re.search(r"^2 .* - +killed", told, flags=re.MULTILINE)
+
+
+def test_a_full_disk_or_foreign_folder_is_no_traceback(folder):
+    (folder / "runs" / "tiny" / "prepare").mkdir(parents=True)
+    (folder / "runs" / "tiny" / "prepare" / "spec.yaml").mkdir()  # cannot be replaced, not even by root
+    result = orch("submit", "tiny.yaml", "--dry-run")
+    assert result.exit_code == 1 and result.stderr.startswith("error: [Errno 21]")
+
+
+def test_a_server_that_is_away_does_not_keep_the_others_from_being_synced(folder):
+    away = make_chain(folder / "runs", name="a", uri="http://127.0.0.1:1")[0]
+    here = make_chain(folder / "runs", name="b")[0]
+    (here.folder / "metrics.jsonl").write_text('{"step": 1, "time": 1, "attempt": "1", "tokens": 8, "train/loss": 2}\n')
+    result = orch("sync")
+    shutil.rmtree(folder / "runs")
+    assert result.exit_code == 1 and "b/pretrain: 1 steps sent" in result.stdout
+    assert f"error: run `{away.name}`: no MLflow at" in result.stderr
+
+
+def test_following_waits_for_the_log_of_the_newest_attempt(folder):
+    orch("submit", "tiny.yaml", "--dry-run")
+    (run, _) = list_runs(folder / "runs")
+    (run.folder / "logs" / "1-0.log").write_text("old\n")
+    supervisor = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    start = psutil.Process(supervisor.pid).create_time() - psutil.boot_time()
+    job_id = f"{socket.gethostname()}:{supervisor.pid}@{start:.2f}"
+    run.submissions = [Submission(number=2, launcher="local", job_id=job_id, submitted_at=1.0)]
+    run.save()
+    (run.folder / "submitit" / "2").mkdir(parents=True)
+    try:
+        follower = process("logs", "-f", "tiny/prepare", stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            follower.communicate(timeout=3)
+        (run.folder / "logs" / "2-0.log").write_text("new\n")
+        (run.folder / "attempts").mkdir()
+        run.save_attempt(Attempt(name="2", job_id="", world=1, host="", started_at=2.0))
+        time.sleep(1.5)
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+    assert follower.communicate(timeout=30)[0] == "new\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

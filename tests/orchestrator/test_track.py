@@ -212,6 +212,19 @@ def test_every_point_is_stored_once(tmp_path):
     assert curve[0].file_size == (run.folder / "loss-curve.png").stat().st_size > 10_000
 
 
+def test_a_store_that_was_emptied_is_filled_again(tmp_path):
+    run = make_chain(tmp_path)[0]
+    end(run, start(run), "done")
+    log_steps(run, "1", range(1, 6))
+    assert track.sync(run) == 5
+    (tmp_path / "mlflow.db").unlink()
+    command = [sys.executable, "-m", "orchestrator.cli", "--runs", str(tmp_path), "sync", run.name]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)  # this process has the old one open
+    assert (told.stdout, "not in MLflow any more" in told.stderr) == (f"{run.name}: 5 steps sent\n", True)
+    assert stored(tmp_path / "mlflow.db", run) == written(run)
+    assert Sent.load(run).status == "FINISHED" and set(Sent.load(run).artifacts) >= {"spec.yaml", "loss-curve.png"}
+
+
 def test_an_infinite_value_leaves_a_gap_and_not_a_cliff(tmp_path):
     run = make_chain(tmp_path)[0]
     lines = track.Metrics(run, "1")
