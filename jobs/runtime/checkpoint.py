@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{7,})")
+REPLACED = "a newer attempt of this run has taken over"
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -54,10 +55,13 @@ def save(
     Args:
         write: writes this rank's files into the folder it is given; collective.
         expected_bytes: size of the whole checkpoint, compared with the free space before a byte is written.
-        may_commit: asked on rank 0, right before the commit; False where this attempt has been replaced.
+        may_commit: asked on rank 0, before anything is touched and right before the commit; False where this
+            attempt has been replaced.
     """
+    from safetensors import SafetensorError
+
     folder = folder_of(root, step)
-    problem = _prepare(folder, expected_bytes) if ranks.rank == 0 else ""
+    problem = _prepare(folder, expected_bytes, may_commit) if ranks.rank == 0 else ""
     if problem := str(dist.broadcast(problem)):
         log.warning("checkpoint of step %d not saved: %s", step, problem)
         return False
@@ -65,12 +69,13 @@ def save(
     failure, files = "", {}
     try:
         write(folder)
-    except (OSError, RuntimeError) as e:  # torch raises RuntimeError for a full disk
+    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk is any of them
         failure = f"rank {ranks.rank}: {e}"
     failures = [f for f in dist.gather(failure) if f]
     if not failures:
+        names = {name for seen in dist.gather(_names(folder)) for name in seen}  # NFS may show a rank less than all
         try:
-            files = _hash_share(folder, ranks)
+            files = _hash(folder, sorted(names)[ranks.rank :: ranks.world])
         except OSError as e:
             failure = f"rank {ranks.rank}: {e}"
         gathered = dist.gather((failure, files))
@@ -82,29 +87,35 @@ def save(
             if may_commit():
                 _commit(folder, state, files)
             else:
-                failures = ["a newer attempt of this run has taken over"]
+                failures = [REPLACED]
         except OSError as e:
             failures = [f"rank 0: {e}"]
     failures = dist.broadcast(failures)  # type: ignore[assignment]
     if failures:
         log.warning("checkpoint of step %d not saved: %s", step, "; ".join(failures))
-        if ranks.rank == 0:
+        if ranks.rank == 0 and failures != [REPLACED]:  # else the folder may be the newer attempt's by now
             shutil.rmtree(folder, ignore_errors=True)
         return False
     return True
 
 
-def retire(root: Path, keep: int, *, ranks: Ranks) -> None:
-    """Remove what is older than the ``keep`` newest checkpoints, and what older attempts left half-written."""
+def retire(root: Path, keep: int, *, saved: int, ranks: Ranks) -> None:
+    """Remove what is older than the ``keep`` newest checkpoints, and what older attempts left half-written.
+
+    The newest is the step just ``saved``. What lies beyond it was found damaged and passed over: it must not
+    count, or a good one would go in its place; it is replaced when training gets there.
+    """
     if ranks.rank != 0:
         return
-    steps = committed(root)
-    keeping = {folder_of(root, s) for s in steps[:keep]}
+    keeping = {folder_of(root, s) for s in [s for s in committed(root) if s <= saved][:keep]}
     for folder in root.glob("step-*"):
         match = NAME.fullmatch(folder.name)
-        if match and folder not in keeping and steps and int(match[1]) <= steps[0]:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+        if match and folder not in keeping and int(match[1]) <= saved:
+            try:
+                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+            except OSError as e:
+                log.warning("old checkpoint `%s` stays: %s", folder, e)
 
 
 def newest(root: Path, *, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
@@ -148,9 +159,11 @@ def check_identity(folder: Path, saved: dict[str, Any], mine: dict[str, Any], *,
         )
 
 
-def _prepare(folder: Path, expected_bytes: int) -> str:
-    """Make an empty folder; say why not where the disk is too full or refuses."""
+def _prepare(folder: Path, expected_bytes: int, may_commit: Callable[[], bool]) -> str:
+    """Make an empty folder; say why not where the disk is too full or refuses, or the folder is another's."""
     try:
+        if not may_commit():
+            return REPLACED
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -163,18 +176,23 @@ def _prepare(folder: Path, expected_bytes: int) -> str:
     return ""
 
 
-def _hash_share(folder: Path, ranks: Ranks) -> dict[str, list]:
-    """Size and SHA-256 of this rank's share of the files, each seen on disk first."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())[ranks.rank :: ranks.world]
-    shares = {}
-    for path in files:
+def _names(folder: Path) -> list[str]:
+    """Every file below ``folder``, relative to it."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+
+
+def _hash(folder: Path, names: list[str]) -> dict[str, list]:
+    """Size and SHA-256 of the files ``names``, each seen on disk first."""
+    found = {}
+    for name in names:
+        path = folder / name
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
-        shares[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
-    return shares
+        found[name] = [path.stat().st_size, _sha256(path)]
+    return found
 
 
 def _commit(folder: Path, state: dict[str, Any], files: dict[str, list]) -> None:

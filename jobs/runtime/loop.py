@@ -66,7 +66,7 @@ def train(
 
     Raises:
         Stopped: a signal asked for it; everything is saved.
-        TrainingError: the loss or the gradients are not finite.
+        TrainingError: the loss or the gradients are not finite, or the last step could not be saved.
         CheckpointError: the checkpoint found belongs to another model, tokenizer, data or layout.
     """
     stage, seq_len = job.stage, job.experiment.model.seq_len
@@ -112,14 +112,16 @@ def train(
                 saved = at.step
                 job.note(to_step=at.step, checkpoint_step=saved)
             stall_s = time.perf_counter() - before
-        if stopping and not last:
-            raise Stopped(next(filter(None, dist.gather(job.stop.cause))), at.step)
+        if stopping:
+            break
     job.note(to_step=at.step)
     if saved < at.step:
         raise TrainingError(
             f"the last step, {at.step}, could not be saved; the newest checkpoint is step {saved}",
             hint=f"make room in `{job.run.checkpoints}`, then `orch resume {job.run.name}`",
         )
+    if at.step < stage.steps:
+        raise Stopped(next(filter(None, dist.gather(job.stop.cause))), at.step)
 
 
 def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:
@@ -142,7 +144,12 @@ def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:
 def _share(job: Job, data: Samples, first: int, size: int) -> list[Batch]:
     """This rank's micro-batches of the global samples ``first`` to ``first + size``."""
     ranks, micro = job.ranks, job.stage.parallel.micro_batch
-    turns = size // (ranks.world * micro)
+    turns, left = divmod(size, ranks.world * micro)
+    if left:  # the plan allows none; a job that was started by hand may have other ranks
+        raise TrainingError(
+            f"a batch of {size} does not split over {ranks.world} ranks with micro-batches of {micro}",
+            hint="start as many ranks as the plan has",
+        )
     return [data.batch(first + (turn * ranks.world + ranks.rank) * micro, micro) for turn in range(turns)]
 
 
@@ -233,7 +240,7 @@ def _save(job: Job, engine: Engine, data: Samples, at: Position) -> bool:
         may_commit=is_current,
     )
     if done:
-        checkpoint.retire(job.run.checkpoints, job.stage.keep, ranks=job.ranks)
+        checkpoint.retire(job.run.checkpoints, job.stage.keep, saved=at.step, ranks=job.ranks)
     return done
 
 

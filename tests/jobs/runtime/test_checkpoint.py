@@ -5,22 +5,33 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
+from safetensors.torch import save_file
 
 from jobs.runtime import checkpoint, dist
 from orchestrator.errors import CheckpointError
 
 
-def _save(ranks, root, step, *, keep=3, content=None, expected_bytes=0, current=True, fails=False):
+def _save(ranks, root, step, *, keep=3, elements=0, expected_bytes=0, current=(True, True), fails=False):
     def write(folder):
         if fails and ranks.rank == 1:
             raise OSError(28, "No space left on device")
-        (folder / f"shard-{ranks.rank}").write_text(content or f"{step}-{ranks.rank}")
+        (folder / f"shard-{ranks.rank}").write_text(f"{step}-{ranks.rank}")
+        save_file({"x": torch.zeros(elements)}, folder / f"shard-{ranks.rank}.safetensors")
 
+    answers = iter(current)
     done = checkpoint.save(
-        root, step, {"step": step}, write, ranks=ranks, expected_bytes=expected_bytes, may_commit=lambda: current
+        root,
+        step,
+        {"step": step},
+        write,
+        ranks=ranks,
+        expected_bytes=expected_bytes,
+        may_commit=lambda: next(answers),
     )
-    checkpoint.retire(root, keep, ranks=ranks)
+    if done:
+        checkpoint.retire(root, keep, saved=step, ranks=ranks)
     dist.barrier()
     return done
 
@@ -34,9 +45,11 @@ def _everything(ranks, root):
     seen["newest"] = checkpoint.newest(root, ranks=ranks)[1]
 
     seen["fails"] = _save(ranks, root, 50, fails=True)
-    seen["replaced"] = _save(ranks, root, 50, current=False)
+    seen["replaced"] = _save(ranks, root, 40, current=[False])
+    seen["replaced_meanwhile"] = _save(ranks, root, 50, current=[True, False])
     seen["too_big"] = _save(ranks, root, 50, expected_bytes=10**18)
     seen["after_failures"] = sorted(p.name for p in root.iterdir())
+    dist.barrier()
 
     if ranks.rank == 0:  # a kill half-way: files and no manifest
         half = checkpoint.folder_of(root, 60)
@@ -50,12 +63,17 @@ def _everything(ranks, root):
         shard.write_text("49-1")  # the same size
     dist.barrier()
     seen["damaged"] = checkpoint.newest(root, ranks=ranks)[1]
+    assert _save(ranks, root, 35, keep=1)
+    seen["beyond_the_damage"] = checkpoint.newest(root, ranks=ranks)[1]
+    seen["kept_beside_the_damaged"] = checkpoint.committed(root)
+    assert _save(ranks, root, 30) and _save(ranks, root, 20)
 
     if ranks.rank == 0:
+        (checkpoint.folder_of(root, 35) / "shard-1").write_text("")
         (checkpoint.folder_of(root, 30) / "shard-0").unlink()
         (checkpoint.folder_of(root, 20) / checkpoint.MANIFEST).write_text("{")
     dist.barrier()
-    with pytest.raises(CheckpointError, match=r"all 3 checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 4 checkpoints in .* are damaged"):
         checkpoint.newest(root, ranks=ranks)
 
     assert _save(ranks, root, 70)
@@ -73,18 +91,21 @@ def test_two_ranks(tmp_path):
         "newest": {"step": 40},
         "fails": False,
         "replaced": False,
+        "replaced_meanwhile": False,
         "too_big": False,
         "after_failures": ["step-0000020", "step-0000030", "step-0000040"],
         "half_written": {"step": 40},
         "damaged": {"step": 30},
+        "beyond_the_damage": {"step": 35},
+        "kept_beside_the_damaged": [40, 35],
         "recovered": {"step": 70},
-        "swept": ["step-0000030", "step-0000040", "step-0000070"],
+        "swept": ["step-0000035", "step-0000040", "step-0000070"],
     }
 
 
 def _fill(ranks, root):
-    ok = _save(ranks, root, 1, content="x" * 1000)
-    too_much = _save(ranks, root, 2, content="x" * 8_000_000)
+    ok = _save(ranks, root, 1, elements=250)
+    too_much = _save(ranks, root, 2, elements=2_000_000)
     return ok, too_much, checkpoint.newest(root, ranks=ranks)[1]
 
 
