@@ -67,12 +67,14 @@ def main(folder: str) -> None:
         log.info("saved and left: %s", stopped)
         job.note(cause=stopped.cause, to_step=stopped.step, ended_at=time.time())
     except BaseException as error:  # noqa: BLE001 - whatever it is, the next one to look must find it
-        faults.record_failure(run, attempt, ranks.rank, error)
-        if ranks.rank == 0:
-            record.cause, record.ended_at, record.note = "error", time.time(), str(error)
-            run.save_attempt(record)
-        _finish(metrics, forwarder)
-        os._exit(1)  # collectives of the lost peers would hang an orderly exit
+        try:
+            faults.record_failure(run, attempt, ranks.rank, error)
+            if ranks.rank == 0:
+                record.cause, record.ended_at, record.note = "error", time.time(), str(error)
+                run.save_attempt(record)
+            _finish(metrics, forwarder)
+        finally:  # also where the disk is full
+            os._exit(1)  # collectives of the lost peers would hang an orderly exit
     _finish(metrics, forwarder)
     if "torch" in sys.modules:  # not after a stage that had no use for it
         from jobs.runtime import dist
