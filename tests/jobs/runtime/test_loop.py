@@ -1,0 +1,111 @@
+"""The training loop around a real engine, on one rank: stops, numbers that are not finite, weights of another stage."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from jobs.engines import torch as torch_engine
+from jobs.nn.gpt import GPT, init_weights
+from jobs.pretrain import mean_loss
+from jobs.runtime import checkpoint, loop
+from jobs.runtime.faults import Stopped
+from jobs.runtime.job import Job
+from orchestrator.errors import CheckpointError, TrainingError
+from orchestrator.run import Attempt, Run
+from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
+
+MODEL = ModelSpec(layers=1, hidden=16, heads=2, vocab=31, seq_len=8)
+STAGE = StageSpec(
+    kind="pretrain",
+    precision="fp32",
+    global_batch=4,
+    steps=3,
+    save_every=10,
+    parallel=ParallelPlan(micro_batch=2),
+    optimizer=OptimizerSpec(lr=1e-2),
+)
+
+
+class Numbers:
+    """Sample i is the numbers from i."""
+
+    tokenizer_sha256 = "tokenizer"
+    fingerprint = "data"
+    samples_per_epoch = 1000
+
+    def batch(self, first, count):
+        windows = (torch.arange(first, first + count)[:, None] + torch.arange(MODEL.seq_len + 1)) % MODEL.vocab
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
+
+
+def _train(ranks, root, name, stage, *, told="", loss_fn=mean_loss, data=None):
+    """Train ``stage`` as run ``chain/<name>``; its engine."""
+    run = Run(folder=root / "chain" / name, experiment="chain", stage=name, index=1, key=name)
+    (run.folder / "attempts").mkdir(parents=True, exist_ok=True)
+    run.save()
+    cluster = ClusterSpec(gpu="cpu", gpus_per_node=1, gpu_memory_gb=1, gpu_tflops=1)
+    job = Job(
+        run=run,
+        experiment=Experiment(name="chain", model=MODEL, cluster=cluster, stages={name: stage}),
+        stage=stage,
+        options=None,
+        ranks=ranks,
+        attempt="1",
+        record=Attempt(name="1", job_id="", world=1, host="", started_at=0.0),
+    )
+    job.stop.cause = told
+    engine = torch_engine.build(lambda: init_weights(GPT(MODEL), stage.seed), stage, ranks, loss_fn)
+    loop.train(job, engine, data or Numbers(), None)
+    return engine
+
+
+def _stops(ranks, root):
+    (root / "chain" / "full").mkdir(parents=True)
+    (root / "chain" / "full" / "checkpoints").write_text("no folder can be made here")
+    with pytest.raises(TrainingError, match="step, 1, could not be saved"):
+        _train(ranks, root, "full", STAGE, told="preempted")
+    with pytest.raises(Stopped) as stopped:
+        _train(ranks, root, "free", STAGE, told="preempted")
+    assert (stopped.value.cause, stopped.value.step) == ("preempted", 1)
+    assert checkpoint.committed(root / "chain" / "free" / "checkpoints") == [1]
+    last = _train(ranks, root, "last", replace(STAGE, steps=1), told="preempted")  # it had no more to do
+    assert last.module
+
+
+def test_told_to_stop(tmp_path):
+    run_ranks(_stops, 1, tmp_path)
+
+
+def _refuses(ranks, root):
+    with pytest.raises(TrainingError, match="step 1: loss nan"):
+        _train(ranks, root, "nan", replace(STAGE, save_every=1), loss_fn=lambda nll, _: nll.mean() * float("nan"))
+    assert checkpoint.committed(root / "chain" / "nan" / "checkpoints") == []
+    with pytest.raises(TrainingError, match="a batch of 3 does not split over 1 ranks with micro-batches of 2"):
+        _train(ranks, root, "odd", replace(STAGE, global_batch=3))
+
+
+def test_what_cannot_be_trained_on(tmp_path):
+    run_ranks(_refuses, 1, tmp_path)
+
+
+def _chain(ranks, root):
+    first = _train(ranks, root, "first", STAGE)
+    second = replace(STAGE, seed=1, init_from="first", optimizer=OptimizerSpec(lr=0.0))  # so that nothing moves
+    after = _train(ranks, root, "second", second)
+    for (name, a), b in zip(first.module.named_parameters(), after.module.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+    other = Numbers()
+    other.fingerprint = "other data"
+    _train(ranks, root, "third", second, data=other)
+    other.tokenizer_sha256 = "other tokenizer"
+    with pytest.raises(CheckpointError, match="`tokenizer` is 'tokenizer' there and 'other tokenizer' here"):
+        _train(ranks, root, "fourth", second, data=other)
+    with pytest.raises(CheckpointError, match="`init_from: nowhere`: no checkpoint"):
+        _train(ranks, root, "fifth", replace(second, init_from="nowhere"))
+
+
+def test_a_stage_begins_where_another_ended(tmp_path):
+    run_ranks(_chain, 1, tmp_path)
