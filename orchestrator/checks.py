@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.registry import find
 from orchestrator.schedule import total_tokens
-from orchestrator.spec import ClusterSpec, Experiment, Limits, ModelSpec, StageSpec
+from orchestrator.spec import ClusterSpec, DataSpec, Experiment, Limits, ModelSpec, StageSpec
 from orchestrator.store import mask
 
 NO_BF16 = ("V100", "T4", "P100")  # NVIDIA before Ampere (CUDA C++ Programming Guide, section 20.1)
@@ -59,6 +59,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
         return found  # the other rules divide by these numbers
     found += _model(model)
     found += _tracking(experiment.tracking.uri)
+    found += _sources(experiment.data)
     if not find("jobs", stage.kind).PER_GPU:
         return found
     where = f"stages.{name}"
@@ -116,6 +117,16 @@ def _tracking(uri: str | None) -> Iterator[Problem]:
             message=f"`tracking.uri` {mask(uri)} names a user or a password, and configs are kept in run folders",
             hint="leave them out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         )
+
+
+def _sources(data: DataSpec) -> Iterator[Problem]:
+    """Weights that are no shares."""
+    weights = {name: source.weight for name, source in data.sources.items()}
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            yield Problem(message=f"`data.sources.{name}.weight` is {weight:g}, and must be at least 0")
+    if weights and not any(weights.values()):
+        yield Problem(message="all weights in `data.sources` are 0", hint="give one source a share of the samples")
 
 
 def _machines(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Problem]:

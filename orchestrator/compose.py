@@ -8,6 +8,7 @@ The merge is ours, so that every value keeps its file and line. Groups and their
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ def compose(config: str | Path, overrides: Sequence[str] = ()) -> Composed:
     experiment = cast(Experiment, convert(Experiment, origins))
     stages = {name: _resolve_stage(name, stage, origins) for name, stage in experiment.stages.items()}
     experiment = dataclasses.replace(experiment, stages=stages)
-    _check_names(experiment)
+    _check_names(experiment, origins)
     _check_chain(experiment, origins)
     return Composed(experiment=experiment, origins=origins)
 
@@ -251,23 +252,20 @@ def _default(owner: Any, name: str) -> str:
 def _resolve_stage(name: str, stage: StageSpec, origins: Origins) -> StageSpec:
     """``stage`` with its options complete; its kind and engine must exist."""
     where = ("stages", name)
-    try:
+    with _placed(origins, (*where, "kind")):
         module = find("jobs", stage.kind)
-    except ConfigError as e:
-        raise ConfigError(f"{_place(origins, (*where, 'kind'))}{e}", hint=e.hint) from None
-    try:
+    with _placed(origins, (*where, "engine")):
         find("jobs.engines", stage.engine)
-    except ConfigError as e:
-        raise ConfigError(f"{_place(origins, (*where, 'engine'))}{e}", hint=e.hint) from None
     prefix = (*where, "options")
     given = {k: h for k, h in origins.items() if k[: len(prefix)] == prefix and len(k) > len(prefix)}
     options = convert(module.Options, given, prefix)
     return dataclasses.replace(stage, options=dataclasses.asdict(options))
 
 
-def _check_names(experiment: Experiment) -> None:
+def _check_names(experiment: Experiment, origins: Origins) -> None:
     """Names that become folders, and parts of dotted keys."""
-    check_name(experiment.name, "experiment name")
+    with _placed(origins, ("name",)):
+        check_name(experiment.name, "experiment name")
     for what, names in (("stage", experiment.stages), ("data source", experiment.data.sources)):
         for name in names:
             if "." in check_name(name, what):
@@ -298,6 +296,15 @@ def _check_chain(experiment: Experiment, origins: Origins) -> None:
 
     for name in stages:
         walk(name, ())
+
+
+@contextmanager
+def _placed(origins: Origins, key: Key) -> Iterator[None]:
+    """Let an error say where ``key`` was set."""
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(f"{_place(origins, key)}{e}", hint=e.hint) from None
 
 
 def _place(origins: Origins, key: Key) -> str:

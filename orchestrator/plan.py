@@ -80,7 +80,7 @@ def plan(
         ConfigError: there is no such stage.
         PlanError: rules are broken or memory does not suffice; all of it, of every stage, in one error.
     """
-    names = list(stages or experiment.stages)
+    names = list(dict.fromkeys(stages or experiment.stages))
     for name in names:
         if name not in experiment.stages:
             raise ConfigError(f"no stage `{name}`", hint=did_you_mean(name, list(experiment.stages)))

@@ -127,7 +127,9 @@ assert not {"torch", "mlflow", "deepspeed", "matplotlib"} & set(sys.modules)
         ("submit tiny.yaml stages.train.engine=deepsped", "no engine `deepsped`", "did you mean `deepspeed`?"),
         ("submit tiny.yaml stages.train.kind=pretrian", "no stage kind `pretrian`", "did you mean `pretrain`?"),
         ("submit tiny.yaml --launcher lokal", "no launcher `lokal`", "did you mean `local`?"),
-        ("submit tiny.yaml name=../up", "experiment name `../up` cannot be a folder name", "letters"),
+        ("submit tiny.yaml name=../up", "override `name=../up`: experiment name `../up` cannot be", "letters"),
+        ("submit tiny.yaml data.sources.t.weight=-1", "`data.sources.t.weight` is -1, and must be at least 0", ""),
+        ("submit tiny.yaml data.sources.t.weight=0", "all weights in `data.sources` are 0", "give one"),
         ("submit tiny.yaml data.sources.t.text=[gone.txt]", "no text at", "data.sources.t.text"),
         ("submit tiny.yaml --stage train", "waits for `prepare`", "--stage prepare --stage train"),
         ("submit tony.yaml", "tony.yaml", ""),
@@ -173,6 +175,7 @@ def test_show_and_plan_print_data(folder):
     assert json.loads(orch("show", "tiny.yaml", "--json").stdout)["stages"]["train"]["steps"] == 10
     assert "tiny.yaml:7" in orch("show", "tiny.yaml", "--why", "stages.prepare.kind").stdout
     (estimate,) = json.loads(orch("plan", "tiny.yaml", "--json").stdout)
+    assert json.loads(orch("plan", "tiny.yaml", "--json", "--stage", "train", "--stage", "train").stdout) == [estimate]
     table = orch("plan", "tiny.yaml")
     assert estimate["world"] == 2
     assert "train" in table.stdout and "`orch submit tiny.yaml`" in table.stderr

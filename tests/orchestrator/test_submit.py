@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -174,6 +175,8 @@ def test_another_config_under_the_same_name_is_refused(composed):
         dry(composed("stages.train.steps=20", "model.layers=2"))
     assert "`model.layers` was 1, is 2; `stages.train.steps` was 10, is 20" in str(caught.value)
     assert "name=" in caught.value.hint and "orch resume tiny/train" in caught.value.hint
+    with pytest.raises(LaunchError, match=r"`cluster\.gpus_per_node` was 2, is 4"):
+        dry(composed("cluster.gpus_per_node=4"))
     # What the stage does not depend on may change: the launcher, the other stages.
     dry(composed("cluster.launcher=slurm", "stages.tune.steps=6"), launcher="local")
     assert len(list_runs(Path("runs"))) == 3
@@ -205,3 +208,25 @@ def test_two_submissions_do_not_meet(composed, monkeypatch):
     monkeypatch.setattr(Run, "lock", lambda self, what: held(self, what, wait_s=0.1))
     with held(train, "run"), pytest.raises(LaunchError, match=r"another process has held `\.run\.lock`"):
         dry(composed())
+
+
+@pytest.mark.parametrize("again", ["submit", "resume"])
+def test_what_changes_while_waiting_for_the_lock_is_seen(composed, again):
+    prepare, train, _ = dry(composed())
+    with ThreadPoolExecutor() as pool, ExitStack() as living:
+        with train.lock("run"):
+            second = (dry, composed()) if again == "submit" else (submitting.resume, [prepare, train])
+            waiting = pool.submit(*second)
+            while not taken(prepare):
+                assert not waiting.done()
+            living.enter_context(handed_over(train))
+        with pytest.raises(LaunchError, match="`tiny/train` is queued already"):
+            waiting.result()
+
+
+def taken(run: Run) -> bool:
+    try:
+        with run.lock("run", wait_s=0):
+            return False
+    except LaunchError:
+        return True
