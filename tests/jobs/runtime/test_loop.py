@@ -1,6 +1,7 @@
 """The training loop around a real engine, on one rank: stops, numbers that are not finite, weights of another stage."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from ranks import run_ranks
 from jobs.engines import torch as torch_engine
 from jobs.nn.gpt import GPT, init_weights
 from jobs.pretrain import mean_loss
-from jobs.runtime import checkpoint, loop
+from jobs.runtime import checkpoint, dist, loop
 from jobs.runtime.faults import Stopped
 from jobs.runtime.job import Job
 from orchestrator.errors import CheckpointError, TrainingError
@@ -109,3 +110,23 @@ def _chain(ranks, root):
 
 def test_a_stage_begins_where_another_ended(tmp_path):
     run_ranks(_chain, 1, tmp_path)
+
+
+def _shares(ranks):
+    """Held-out loss by the loop and by one forward pass; the samples of a step that the ranks read."""
+    engine = torch_engine.build(lambda: init_weights(GPT(MODEL), 0), STAGE, ranks, mean_loss)
+    job = SimpleNamespace(ranks=ranks, stage=STAGE)
+    losses = [
+        (loop.evaluate(job, engine, Numbers(), n), engine.forward(Numbers().batch(0, n)).double().mean().item())
+        for n in (1, 5, 7)
+    ]
+    mine = [batch["tokens"][:, 0].tolist() for batch in loop._share(job, Numbers(), 12, 8)]
+    return losses, [i for share in dist.gather(mine) for batch in share for i in batch]
+
+
+def test_every_sample_is_read_once():
+    """Held-out samples too, where they do not divide by the ranks."""
+    for losses, read in run_ranks(_shares, 2):
+        for by_the_loop, at_once in losses:
+            assert by_the_loop == pytest.approx(at_once, abs=1e-6)
+        assert sorted(read) == list(range(12, 20))
