@@ -201,9 +201,10 @@ def _refuse_other_config(run: Run, experiment: Experiment) -> None:
     if differ:
         first = "; ".join(f"`{k}` was {old.get(k)}, is {new.get(k)}" for k in differ[:3])
         more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+        old_one = "" if state(run) == "done" else f", or go on with the old: `orch resume {run.name}`"
         raise LaunchError(
             f"run `{run.name}` began with another config: {first}{more}",
-            hint=f"give the new one a name of its own, `name=...`, or go on with the old: `orch resume {run.name}`",
+            hint=f"give the new one a name of its own, `name=...`{old_one}",
         )
 
 

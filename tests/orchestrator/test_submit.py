@@ -177,6 +177,11 @@ def test_another_config_under_the_same_name_is_refused(composed):
     assert "name=" in caught.value.hint and "orch resume tiny/train" in caught.value.hint
     with pytest.raises(LaunchError, match=r"`cluster\.gpus_per_node` was 2, is 4"):
         dry(composed("cluster.gpus_per_node=4"))
+    end(train, "done")
+    with pytest.raises(LaunchError) as caught:
+        dry(composed("model.layers=2"))
+    assert "name=" in caught.value.hint and "orch resume" not in caught.value.hint  # nothing is left to resume
+    end(train, "cancelled")
     # What the stage does not depend on may change: the launcher, the other stages.
     dry(composed("cluster.launcher=slurm", "stages.tune.steps=6"), launcher="local")
     assert len(list_runs(Path("runs"))) == 3
@@ -208,6 +213,18 @@ def test_two_submissions_do_not_meet(composed, monkeypatch):
     monkeypatch.setattr(Run, "lock", lambda self, what: held(self, what, wait_s=0.1))
     with held(train, "run"), pytest.raises(LaunchError, match=r"another process has held `\.run\.lock`"):
         dry(composed())
+
+
+def test_the_state_is_that_of_the_newest_submission(composed):
+    _, train, _ = dry(composed())
+    assert train.state(alive=False) == "new"
+    with handed_over(train):
+        end(train, "cancelled")
+    assert train.state(alive=False) == "stopped"
+    train.submissions.append(Submission(number=2, launcher="local", job_id="", submitted_at=2.0))
+    assert (train.state(alive=True), train.state(alive=False)) == ("queued", "failed")  # it never began
+    train.save_attempt(Attempt(name="2r1", job_id="", world=2, host="", started_at=3.0))
+    assert (train.state(alive=True), train.state(alive=False)) == ("running", "failed")
 
 
 @pytest.mark.parametrize("again", ["submit", "resume"])
