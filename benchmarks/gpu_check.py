@@ -55,7 +55,7 @@ PEAK_TFLOPS = (  # dense bf16, from NVIDIA's data sheets; the first name that is
     ("A100", 312),
     ("L40S", 362),
 )
-ZERO = {"torch": 0, "deepspeed": 1}  # DeepSpeed keeps its fp32 master weights from level 1 on
+ZERO = {"torch": 0, "deepspeed": 1}  # at level 0 DeepSpeed takes an older optimizer than ZeRO's
 LR = 1e-4
 WARMUP = 2  # steps not timed: compilation, the optimizer's states
 

@@ -92,14 +92,9 @@ class DeepSpeedEngine:
             self.module.compile_blocks()
         o = stage.optimizer
         on_cpu = self.device.type == "cpu" or stage.parallel.offload != "none"
-        optimizer = torch.optim.AdamW(
-            # lr: `train_step` sets it; DeepSpeed takes a first step itself, without gradients, to allocate the moments
-            decay_groups(self.module, o.weight_decay),
-            lr=0.0,
-            betas=o.betas,
-            eps=o.eps,
-            fused=not on_cpu,
-        )
+        groups = decay_groups(self.module, o.weight_decay)
+        # `train_step` sets lr. To allocate the moments DeepSpeed steps without gradients, which must change nothing.
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=o.betas, eps=o.eps, fused=not on_cpu)
         self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config(stage, ranks))
         self._reset_optimizer()
         self.files = _checkpoint_files()
