@@ -55,7 +55,7 @@ def report(findings: list[Finding]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("check", "status", "found", "remedy"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for f in findings:
         table.add_row(f.check, f"[{STYLES[f.status]}]{f.status}[/]", escape(f.found), escape(f.remedy))
     out().print(table)

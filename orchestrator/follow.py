@@ -99,7 +99,7 @@ class Bars(AbstractContextManager["Bars"]):
 
     def say(self, text: str) -> None:
         """Print ``text`` above the bars."""
-        self._progress.console.print(text)
+        self._progress.console.print(text, markup=False)
 
 
 class Lines(AbstractContextManager["Lines"]):

@@ -366,7 +366,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_anywhere(folder):
     (folder / "far").mkdir()
     second = process("--runs", "../runs", "resume", "tiny", "--detach", cwd=folder / "far", stderr=subprocess.PIPE)
     _, err = second.communicate(timeout=120)
-    assert second.returncode == 0 and "`orch logs -f tiny`" in err
+    assert second.returncode == 0 and "`orch --runs ../runs logs -f tiny`" in err
     live = orch("resume", "tiny")
     assert live.exit_code == 1 and "already" in live.stderr
     until_step(folder / "runs" / "tiny" / "train", row["step"] + 1)

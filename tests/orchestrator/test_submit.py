@@ -232,7 +232,11 @@ def test_what_changes_while_waiting_for_the_lock_is_seen(composed, again):
     prepare, train, _ = dry(composed())
     with ThreadPoolExecutor() as pool, ExitStack() as living:
         with train.lock("run"):
-            second = (dry, composed()) if again == "submit" else (submitting.resume, [prepare, train])
+            second = (
+                (dry, composed())
+                if again == "submit"
+                else (submitting.resume, [Run.load(run.folder) for run in (prepare, train)])
+            )
             waiting = pool.submit(*second)
             while not taken(prepare):
                 assert not waiting.done()
