@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.runtime import faults
+from jobs.runtime import faults, slurm
 from jobs.runtime.job import Job, Ranks
 from orchestrator import registry, track
 from orchestrator.run import Attempt, Run
@@ -40,6 +40,9 @@ def main(folder: str) -> None:
         started_at=time.time(),
     )
     metrics = track.Metrics(run, attempt) if ranks.rank == 0 else None
+    slurm_job, cause = slurm.job_of(run), ""
+    if slurm_job:
+        slurm.set_rendezvous(ranks)
     try:
         experiment = run.spec()
         stage = experiment.stages[run.stage]
@@ -66,6 +69,7 @@ def main(folder: str) -> None:
     except faults.Stopped as stopped:
         log.info("saved and left: %s", stopped)
         job.note(cause=stopped.cause, to_step=stopped.step, ended_at=time.time())
+        cause = stopped.cause
     except BaseException as error:  # noqa: BLE001 - whatever it is, the next one to look must find it
         try:
             faults.record_failure(run, attempt, ranks.rank, error)
@@ -75,12 +79,14 @@ def main(folder: str) -> None:
             _finish(metrics, forwarder)
         finally:  # also where the disk is full
             os._exit(1)  # collectives of the lost peers would hang an orderly exit
-    _finish(metrics, forwarder)
+    _finish(metrics, forwarder if cause != "preempted" else None)  # there is no time; the next attempt sends the rest
     if "torch" in sys.modules:  # not after a stage that had no use for it
         from jobs.runtime import dist
 
         dist.close()
     job.rendezvous.unlink(missing_ok=True)
+    if slurm_job and cause and ranks.rank == 0 and not (cause == "preempted" and slurm.requeue(slurm_job)):
+        sys.exit(1)  # for `afterok`, by which a later stage waits, 0 means done
 
 
 def _log_to(path: Path) -> None:

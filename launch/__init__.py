@@ -29,3 +29,12 @@ class Launcher(Protocol):
     def cancel(self, run: Run, *, now: bool = False) -> None:
         """Ask the job to save and leave; with ``now``, end it at once."""
         ...
+
+
+def open_box(run: Run) -> int:
+    """Make the folder of a new submission and return its number; one of a withdrawn submission is not reused."""
+    number = run.submissions[-1].number + 1 if run.submissions else 1
+    while (run.folder / "submitit" / str(number)).exists():
+        number += 1
+    (run.folder / "submitit" / str(number)).mkdir(parents=True)
+    return number

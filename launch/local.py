@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import open_box
 from orchestrator.errors import LaunchError
 from orchestrator.registry import find
 from orchestrator.run import Run, Submission, write_atomic
@@ -79,10 +80,7 @@ def submit(runs: Sequence[Run]) -> None:
     with open(write, "wb") as word:
         job_id = f"{socket.gethostname()}:{pid}@{_start(psutil.Process(pid)):.2f}"
         for run in runs:
-            number = run.submissions[-1].number + 1 if run.submissions else 1
-            while (run.folder / "submitit" / str(number)).exists():
-                number += 1  # that one was withdrawn; a folder of submitit's is never used twice
-            (run.folder / "submitit" / str(number)).mkdir(parents=True)
+            number = open_box(run)
             run.submissions.append(Submission(number=number, launcher="local", job_id=job_id, submitted_at=time.time()))
             run.save()
         with suppress(BrokenPipeError):  # the supervisor is gone: `alive` will say so

@@ -193,6 +193,7 @@ def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_
       orch submit configs/demo.yaml stages.pretrain.steps=1000 name=demo-long
       orch submit configs/demo.yaml --stage prepare --detach
     """
+    from orchestrator.submit import preview
     from orchestrator.submit import submit as hand_over
 
     composed = _compose(config, overrides, how["stages"])
@@ -200,6 +201,7 @@ def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_
     if dry_run:
         for run in runs:
             click.echo(run.folder)
+            click.echo(preview(run, how["launcher"]), nl=False)
         click.echo("nothing was started", err=True)
         _next(_submission(config, overrides, **how))
     elif runs:

@@ -118,6 +118,12 @@ def cancel(runs: Sequence[Run], *, now: bool = False) -> list[Run]:
     return living
 
 
+def preview(run: Run, launcher: str | None) -> str:
+    """What the launcher would hand to its scheduler for ``run``; nothing where it has none."""
+    show = getattr(launcher_of(launcher or run.spec().cluster.launcher), "preview", None)
+    return str(show(run)) if show else ""
+
+
 def alive(run: Run) -> bool:
     """Whether the run's launcher still knows its newest submission."""
     return bool(run.submissions) and launcher_of(run.submissions[-1].launcher).alive(run)

@@ -59,6 +59,21 @@ def attempt_name(run: Run) -> str:
     return f"{number}r{restarts}" if restarts else str(number)
 
 
+def is_current(run: Run, attempt: str) -> bool:
+    """Whether neither a later submission of ``run`` nor a later requeue has begun: only then may it commit.
+
+    Read from disk: after a network partition the one that was replaced may be alive still.
+    """
+
+    def order(name: str) -> tuple[int, int]:
+        number, _, restarts = name.partition("r")
+        return int(number), int(restarts or 0)
+
+    on_disk = Run.load(run.folder)
+    submitted = [(s.number, 0) for s in on_disk.submissions[-1:]]
+    return order(attempt) >= max([*submitted, *(order(a.name) for a in on_disk.attempts())], default=(0, 0))
+
+
 def record_failure(run: Run, attempt: str, rank: int, error: BaseException) -> None:
     """Leave what this rank raised in ``failures/``, for `orch status` to find the first of."""
     log.error("rank %d failed", rank, exc_info=error)

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.runtime import checkpoint, dist
-from jobs.runtime.faults import Stopped
+from jobs.runtime.faults import Stopped, is_current
 from jobs.runtime.job import Job
 from orchestrator.errors import CheckpointError, TrainingError
-from orchestrator.run import Run
 from orchestrator.schedule import batch_at, learning_rate, total_tokens
 
 if TYPE_CHECKING:
@@ -224,10 +223,6 @@ def _save(job: Job, engine: Engine, data: Samples, at: Position) -> bool:
         engine.save(folder)
         _save_rng(folder, job)
 
-    def is_current() -> bool:
-        submissions = Run.load(job.run.folder).submissions
-        return not submissions or str(submissions[-1].number) == job.attempt.partition("r")[0]
-
     model, bf16_zero = job.experiment.model, job.stage.engine != "torch" and job.stage.precision == "bf16"
     done = checkpoint.save(
         job.run.checkpoints,
@@ -237,7 +232,7 @@ def _save(job: Job, engine: Engine, data: Samples, at: Position) -> bool:
         ranks=job.ranks,
         # fp32 weights and AdamW's two moments, and bf16 weights beside fp32 masters (arXiv:1910.02054, section 3.1)
         expected_bytes=int(model.params * (14 if bf16_zero else 12) * 1.02) + 1_000_000,
-        may_commit=is_current,
+        may_commit=lambda: is_current(job.run, job.attempt),
     )
     if done:
         checkpoint.retire(job.run.checkpoints, job.stage.keep, saved=at.step, ranks=job.ranks)
