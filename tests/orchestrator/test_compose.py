@@ -363,3 +363,7 @@ def test_an_installed_wheel_finds_the_presets(tmp_path: Path) -> None:
 
 def test_presets_of_a_checkout() -> None:
     assert presets() == Path(compose_module.__file__).parent.parent / "configs"
+
+
+def test_an_empty_mapping_takes_nothing_away():
+    assert list(compose("demo", ["data.sources={}"]).experiment.data.sources) == ["python"]
