@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help install demo test test-fast lint format bench browser clean
+.PHONY: help install demo test test-fast lint format bench browser slurm clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,7 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt constraints-colossalai.txt
 demo: install  ## Prepare a real corpus, train on two local ranks, beat a bigram model
 	$(BIN)/orch submit configs/demo.yaml
 
-test: install browser  ## Every test
+test: install browser slurm  ## Every test
 	$(BIN)/python -m pytest
 
 test-fast: install  ## What takes under three minutes
@@ -50,6 +50,20 @@ browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	  || echo "no chromium: install it to run the dashboard test"
+
+# launch/slurmbox runs Debian's Slurm. Without it, or without the right to install it, its tests are skipped by name.
+SLURM := slurmctld slurmd slurm-client munge slurmdbd slurm-wlm-mysql-plugin mariadb-server iproute2
+slurm:  ## Install what launch/slurmbox needs (apt; as root, or with sudo where that asks nothing)
+	@PATH="$$PATH:/usr/sbin:/sbin"; \
+	for program in slurmctld slurmd srun munged slurmdbd mariadbd ip; do command -v $$program >/dev/null || lacks=$$program; done; \
+	[ -z "$$lacks" ] && exit; \
+	as=; [ "$$(id -u)" = 0 ] || as="sudo -n"; \
+	if command -v apt-get >/dev/null && $$as true 2>/dev/null; then \
+	  echo "no $$lacks: installing $(SLURM)"; \
+	  $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null && exit; \
+	fi; \
+	echo "no $$lacks: its tests are skipped; as root: apt-get install --no-install-recommends $(SLURM)"
 
 clean:  ## Remove what was built; runs and data stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
