@@ -34,7 +34,7 @@ from orchestrator.spec import Experiment
 from orchestrator.strict import Origin, convert, flatten
 
 COMMAND_S = 60  # for one Slurm command; a controller that restarts answers within this
-ASK_EVERY_S = 1.0  # one `squeue` serves all runs that are asked about within it
+ASK_EVERY_S = 5.0  # one `squeue` serves all that is asked within it: a controller serves many users
 SETTLE_S = 3.0  # from the first rank's begin until all have their signal handlers
 # What a job needs of the submitting shell; SLURM_* comes by itself. None of it is a secret.
 CARRIED = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH")

@@ -6,7 +6,6 @@ this machine. A run that is requeued must have the losses of one that is not, bi
 
 import json
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import _slurmbox, slurm
 from orchestrator.compose import compose
 from orchestrator.errors import ConfigError, LaunchError
 from orchestrator.run import Run
@@ -206,11 +205,10 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    missing = [word for word in ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged") if not shutil.which(word)]
-    if missing:
-        pytest.skip(
-            f"no Slurm here ({', '.join(missing)}): `apt-get install slurmctld slurmd slurm-client slurmdbd munge`"
-        )
+    try:
+        _slurmbox.check()
+    except LaunchError as error:
+        pytest.skip(f"{error}; {error.hint}")
     folder = tmp_path_factory.mktemp("slurm")
     words = Path(os.__file__).parent.glob("[a-d]*.py")  # real text, a few hundred kB
     (folder / "text.txt").write_text("\n".join(p.read_text(errors="replace") for p in sorted(words)))
@@ -234,7 +232,7 @@ def submit(cluster, name, *words):
     return cluster.run(name)
 
 
-def wait(condition, what, seconds=90):
+def wait(condition, what, seconds=180):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
@@ -281,16 +279,18 @@ def test_a_chain_over_two_nodes(cluster, unbroken):
     assert list(unbroken) == list(range(1, STEPS + 1))
     assert in_mlflow(run) == (list(range(1, STEPS + 1)), "FINISHED")
     assert (cluster.folder / "set-up").exists()
+    shown = cluster(ORCH, "submit", "base.yaml", "name=shown", "--dry-run")
+    assert next(run.folder.glob("submitit/1/*_submission.sh")).read_text().replace("base/", "shown/") in shown
     for file in (p for p in cluster.folder.rglob("*") if p.is_file()):
         assert b"hunter2" not in file.read_bytes(), f"a secret of the login shell is in {file}"
 
 
 @pytest.mark.slow
-def test_told_before_the_time_limit(cluster, unbroken):
-    """The signal that `--signal` sends: all save, the job is requeued once, and no step is trained twice."""
-    run = submit(cluster, "warned", "--stage", "pretrain")
+def test_preempted_by_an_urgent_job(cluster, unbroken):
+    """The signal that comes before a time limit too: all save, the job is requeued once, no step is trained twice."""
+    run = submit(cluster, "preempted", "--stage", "pretrain")
     wait(lambda: max(run.metrics(), default=0) >= 5, "step 5")
-    cluster("scancel", "--signal=USR2", run.submissions[-1].job_id)
+    cluster("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     wait(lambda: len(run.attempts()) == 2 and run.attempts()[1].cause, "the end")
     first, second = run.attempts()
     assert (first.name, first.cause, second.name, second.cause) == ("1", "preempted", "1r1", "done")
