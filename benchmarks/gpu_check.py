@@ -109,11 +109,12 @@ def measure(case, engine_module):
     ]
 
     def make():
-        with torch.device(device):
-            model = GPT(spec, recompute=case["recompute"])
-        return init_weights(model, 0)
+        return GPT(spec, recompute=case["recompute"])
 
-    loss_fp32 = reference_loss(make(), batches, device)
+    with torch.device(device):
+        reference = init_weights(make(), stage.seed)
+    loss_fp32 = reference_loss(reference, batches, device)
+    del reference
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

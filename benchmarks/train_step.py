@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from jobs.engines import torch as engine_torch
-from jobs.nn.gpt import GPT, init_weights
+from jobs.nn.gpt import GPT
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from orchestrator.spec import ModelSpec, ParallelPlan, StageSpec
@@ -50,7 +50,7 @@ def ours(size):
     stage = StageSpec(
         kind="pretrain", precision="fp32", parallel=ParallelPlan(micro_batch=size.batch), global_batch=size.batch
     )
-    engine = engine_torch.build(lambda: init_weights(GPT(size.model), 0), stage, Ranks(), lambda nll, batch: nll.mean())
+    engine = engine_torch.build(lambda: GPT(size.model), stage, Ranks(), lambda nll, batch: nll.mean())
 
     def step(tokens):
         batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}

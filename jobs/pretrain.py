@@ -26,7 +26,7 @@ def run(job: Job) -> dict[str, float]:
     import torch
 
     from jobs.data.packed import PackedDataset
-    from jobs.nn.gpt import GPT, init_weights
+    from jobs.nn.gpt import GPT
     from jobs.runtime import dist, loop
 
     stage, model, data = job.stage, job.experiment.model, job.experiment.data
@@ -34,9 +34,7 @@ def run(job: Job) -> dict[str, float]:
     held_out = PackedDataset.open(data, seq_len=model.seq_len, split="val", vocab=model.vocab)
 
     def make() -> torch.nn.Module:
-        module = GPT(model, recompute=stage.parallel.recompute)
-        init_weights(module, stage.seed)
-        return module
+        return GPT(model, recompute=stage.parallel.recompute)
 
     dist.start(job.ranks, job.rendezvous)
     torch.manual_seed(stage.seed * 100_003 + job.ranks.rank)  # dropout differs by rank

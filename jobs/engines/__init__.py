@@ -4,8 +4,9 @@ An engine module can be imported without torch: heavy imports stand inside ``bui
 
     build(make: Callable[[], nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> Engine
 
-``make`` builds the model, with the same weights on every rank; it is called by the engine, so that
-one that shards weights at birth can. ``module(tokens, targets)`` returns the negative log-likelihood
+``make`` builds the model; the engine calls it where parameters take no memory (on `meta`, under `zero.Init`),
+shards it, and only then draws the weights with ``init_weights(module, stage.seed)``: no rank ever holds more
+than its share. ``module(tokens, targets)`` returns the negative log-likelihood
 of each target token, (B, T) in fp32; ``module(tokens)`` returns logits (B, T, V).
 """
 

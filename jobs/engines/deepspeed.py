@@ -84,10 +84,17 @@ class DeepSpeedEngine:
         self.stage, self.ranks, self.loss_fn = stage, ranks, loss_fn
         self.device = dist.start(ranks)
         deepspeed = _import(ranks)
-        from jobs.nn.gpt import decay_groups
+        from jobs.nn.gpt import decay_groups, init_weights
 
-        model: Any = make()
-        self.module = model.to(self.device)
+        settings = config(stage, ranks)
+        if stage.parallel.zero == 3:
+            with deepspeed.zero.Init(config_dict_or_path=settings):
+                self.module: Any = make()
+        else:
+            with torch.device("meta"):
+                self.module = make()
+            self.module.to_empty(device=self.device)
+        init_weights(self.module, stage.seed)
         if stage.compile:
             self.module.compile_blocks()
         o = stage.optimizer
@@ -95,7 +102,7 @@ class DeepSpeedEngine:
         groups = decay_groups(self.module, o.weight_decay)
         # `train_step` sets lr. To allocate the moments DeepSpeed steps without gradients, which must change nothing.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=o.betas, eps=o.eps, fused=not on_cpu)
-        self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config(stage, ranks))
+        self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
         self._reset_optimizer()
         self.files = _checkpoint_files()
         self.engine.checkpoint_engine = self.files

@@ -38,17 +38,20 @@ class TorchEngine:
     def __init__(self, make: Callable[[], torch.nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
         import torch
 
-        from jobs.nn.gpt import decay_groups
+        from jobs.nn.gpt import decay_groups, init_weights
 
         self.stage, self.ranks, self.loss_fn = stage, ranks, loss_fn
         self.device = dist.start(ranks)
-        model: Any = make()
-        self.module = model.to(self.device)
+        self.sharded = stage.parallel.zero > 0
+        with torch.device("meta"):
+            module: Any = make()
+        self.module = module
         if stage.compile:
             self.module.compile_blocks()
-        self.sharded = stage.parallel.zero > 0
         if self.sharded:
             _shard(self.module, stage, ranks, self.device)
+        self.module.to_empty(device=self.device)
+        init_weights(self.module, stage.seed)
         self.replica: Any = _replicate(self.module, ranks, self.device) if not self.sharded else self.module
         o = stage.optimizer
         self.optimizer = torch.optim.AdamW(

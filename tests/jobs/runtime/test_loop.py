@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 
 from jobs.engines import torch as torch_engine
-from jobs.nn.gpt import GPT, init_weights
+from jobs.nn.gpt import GPT
 from jobs.pretrain import mean_loss
 from jobs.runtime import checkpoint, dist, loop
 from jobs.runtime.faults import Stopped
@@ -57,7 +57,7 @@ def _train(ranks, root, name, stage, *, told="", loss_fn=mean_loss, data=None):
         record=Attempt(name="1", job_id="", world=1, host="", started_at=0.0),
     )
     job.stop.cause = told
-    engine = torch_engine.build(lambda: init_weights(GPT(MODEL), stage.seed), stage, ranks, loss_fn)
+    engine = torch_engine.build(lambda: GPT(MODEL), stage, ranks, loss_fn)
     loop.train(job, engine, data or Numbers(), None)
     return engine
 
@@ -114,7 +114,7 @@ def test_a_stage_begins_where_another_ended(tmp_path):
 
 def _shares(ranks):
     """Held-out loss by the loop and by one forward pass; the samples of a step that the ranks read."""
-    engine = torch_engine.build(lambda: init_weights(GPT(MODEL), 0), STAGE, ranks, mean_loss)
+    engine = torch_engine.build(lambda: GPT(MODEL), STAGE, ranks, mean_loss)
     job = SimpleNamespace(ranks=ranks, stage=STAGE)
     losses = [
         (loop.evaluate(job, engine, Numbers(), n), engine.forward(Numbers().batch(0, n)).double().mean().item())
