@@ -267,7 +267,7 @@ def in_mlflow(run):
     return sorted(step for (step,) in steps), status
 
 
-@pytest.mark.slow
+@pytest.mark.slurm
 def test_a_chain_over_two_nodes(cluster, unbroken):
     """From `orch submit` to `done`: a stage of one task, then DeepSpeed's ZeRO-1 over gloo, one task on each node."""
     prepare, run = cluster.run("base", "prepare"), cluster.run("base")
@@ -285,7 +285,7 @@ def test_a_chain_over_two_nodes(cluster, unbroken):
         assert b"hunter2" not in file.read_bytes(), f"a secret of the login shell is in {file}"
 
 
-@pytest.mark.slow
+@pytest.mark.slurm
 def test_preempted_by_an_urgent_job(cluster, unbroken):
     """The signal that comes before a time limit too: all save, the job is requeued once, no step is trained twice."""
     run = submit(cluster, "preempted", "--stage", "pretrain")
@@ -302,7 +302,7 @@ def test_preempted_by_an_urgent_job(cluster, unbroken):
     assert in_mlflow(run) == (list(range(1, STEPS + 1)), "FINISHED")
 
 
-@pytest.mark.slow
+@pytest.mark.slurm
 def test_requeued_by_someone_else(cluster, unbroken):
     """`scontrol requeue`: the ranks are ended within KillWait; what is lost is made up for, to the last bit."""
     run = submit(cluster, "requeued", "--stage", "pretrain")
@@ -317,7 +317,7 @@ def test_requeued_by_someone_else(cluster, unbroken):
     assert in_mlflow(run) == (list(range(1, STEPS + 1)), "FINISHED")
 
 
-@pytest.mark.slow
+@pytest.mark.slurm
 def test_cancel_saves_and_takes_along_what_waits(cluster, unbroken):
     run = submit(cluster, "cancelled", "--stage", "pretrain", "--stage", "tune")
     assert state(cluster, "cancelled")["tune"] == "queued"

@@ -21,7 +21,7 @@ AS_ROOT = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user"]
 DAEMONS = {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd"}
 HOST_FOLDERS = ("/run", "/etc/slurm", "/var/lib/mysql", "/var/lib/munge", "/var/log/slurm", "/var/log/munge")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture(autouse=True)
