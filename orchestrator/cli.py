@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -329,10 +330,8 @@ def ui(root: Path, port: int, uri: str | None, browse: bool) -> None:
         if browse:
             click.launch(pages[0][1])
         click.echo("Ctrl-C ends it", err=True)
-        try:
+        with suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
 
 
 @cli.command()

@@ -54,22 +54,22 @@ def submit(
     estimates = {e.to_json()["stage"]: e for e in plan(experiment, stages=names, force=force)}
     through = launcher_of(launcher or experiment.cluster.launcher)
     runs = [_run(root, experiment, name, chain.index(name) + 1) for name in names]
-    todo = _unfinished(runs, experiment)
-    for run in todo:
+    pending = _unfinished(runs, experiment)
+    for run in pending:
         through.check(experiment, run.stage)
-    _check_needs(todo, experiment)
+    _check_needs(pending, experiment)
     with ExitStack() as held:
-        for run in todo:
+        for run in pending:
             _make_folder(run)
             held.enter_context(run.lock("run"))
-        runs = [_run(root, experiment, r.stage, r.index) for r in todo]
-        todo = _unfinished(runs, experiment, say=False)  # as it stands now that nobody else can change it
-        for run in todo:
+        runs = [_run(root, experiment, r.stage, r.index) for r in pending]
+        pending = _unfinished(runs, experiment, say=False)  # as it stands now that nobody else can change it
+        for run in pending:
             if not _begun(run):
                 _write(run, experiment, estimates.get(run.stage))
-        if todo and not dry_run:
-            _launch(todo, through, experiment.tracking.uri)
-    return todo
+        if pending and not dry_run:
+            _launch(pending, through, experiment.tracking.uri)
+    return pending
 
 
 def resume(runs: Sequence[Run]) -> list[Run]:
@@ -80,26 +80,28 @@ def resume(runs: Sequence[Run]) -> list[Run]:
     Raises:
         LaunchError: one of them is running, or all are done.
     """
-    todo = [run for run in runs if state(run) != "done"]
-    if not todo:
+    pending = [run for run in runs if state(run) != "done"]
+    if not pending:
         names = ", ".join(f"`{r.name}`" for r in runs)
         raise LaunchError(
             f"nothing to resume: {names} reached the last step",
             hint="to train on, submit with more steps and a new `name=...`",
         )
-    experiment = todo[0].spec()
+    experiment = pending[0].spec()
     with ExitStack() as held:
-        for run in todo:
+        for run in pending:
             held.enter_context(run.lock("run"))
-        todo = [Run.load(run.folder) for run in todo]
-        for run in todo:
+        pending = [Run.load(run.folder) for run in pending]
+        for run in pending:
             _refuse_alive(run)
-        through = launcher_of(todo[0].submissions[-1].launcher if todo[0].submissions else experiment.cluster.launcher)
-        for run in todo:
+        through = launcher_of(
+            pending[0].submissions[-1].launcher if pending[0].submissions else experiment.cluster.launcher
+        )
+        for run in pending:
             through.check(experiment, run.stage)
-        _check_needs(todo, experiment)
-        _launch(todo, through, experiment.tracking.uri)
-    return todo
+        _check_needs(pending, experiment)
+        _launch(pending, through, experiment.tracking.uri)
+    return pending
 
 
 def cancel(runs: Sequence[Run], *, now: bool = False) -> list[Run]:

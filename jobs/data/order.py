@@ -28,10 +28,10 @@ def mix_bits(x: np.ndarray) -> np.ndarray:
 def permute(x: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Where the permutation of [0, n) with each key (uint64) sends each x (uint64)."""
     x = x.copy()
-    todo = np.arange(len(x))
-    while len(todo):
-        x[todo] = _feistel(x[todo], max(1, (n - 1).bit_length()), keys[todo])
-        todo = todo[x[todo] >= n]
+    outside = np.arange(len(x))
+    while len(outside):
+        x[outside] = _feistel(x[outside], max(1, (n - 1).bit_length()), keys[outside])
+        outside = outside[x[outside] >= n]
     return x
 
 
