@@ -72,12 +72,13 @@ def test_heartbeat_and_machine_load_come_from_beside_the_training(tmp_path):
     assert "system/cpu_utilization_percentage" not in after
 
 
-def test_a_full_disk_costs_lines_and_not_the_training(tmp_path):
+def test_a_full_disk_costs_lines_and_not_the_training(tmp_path, caplog):
     run = make_chain(tmp_path)[0]
     (run.folder / "metrics.jsonl").symlink_to("/dev/full")  # every write there fails with ENOSPC
     lines = track.Metrics(run, "1")
     lines.log(1, {"train/loss": 1.0}, tokens=8)
     lines.close()
+    assert "step 1 is missing in metrics.jsonl" in caplog.text
 
 
 def test_names_and_units_of_gpus_are_mlflows():
