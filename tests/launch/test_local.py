@@ -156,7 +156,7 @@ def test_a_failing_rank_ends_its_peers_and_the_chain(chain):
     first, second = chain({"fail": 1}, {})
     local.submit([first, second])
     assert settled(first) == "failed"
-    assert state(second) == "new"  # as if it had not been submitted: `orch resume` will
+    until(lambda: state(second) == "new", "as if it had not been submitted: `orch resume` will", 10)
     assert [(f["rank"], f["type"], f["hint"]) for f in first.failures("1")] == [(1, "DataError", "prepare it")]
     assert not lives(told(first, 0)["pid"])
     assert leftovers(first.submissions[-1].job_id) == []
@@ -179,7 +179,7 @@ def test_cancel_lets_a_run_save_and_starts_nothing_more(chain):
     local.cancel(first)
     assert settled(first) == "stopped"
     assert (first.attempts()[0].cause, first.attempts()[0].to_step) == ("cancelled", 7)
-    assert state(second) == "new"
+    until(lambda: state(second) == "new", "the queued run is withdrawn", 10)
     assert leftovers(first.submissions[-1].job_id) == []
     with pytest.raises(LaunchError, match="is not running"):
         local.cancel(Run.load(first.folder))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import _slurmbox, slurm
+from launch import _slurm_script, _slurmbox, slurm
 from orchestrator.compose import compose
 from orchestrator.errors import ConfigError, LaunchError
 from orchestrator.run import Run
@@ -72,7 +72,9 @@ def script(config, stage, *overrides, base=BASE):
     experiment = compose(config, ["cluster.launcher=slurm", *overrides]).experiment
     folder = Path("/runs") / experiment.name / stage
     run = Run(folder=folder, experiment=experiment.name, stage=stage, index=1, key="k")
-    return slurm.sbatch_text(run, experiment, folder=folder / "submitit" / "1", base=base, python="/venv/bin/python")
+    return _slurm_script.sbatch_text(
+        run, experiment, folder=folder / "submitit" / "1", base=base, python="/venv/bin/python"
+    )
 
 
 EVERYTHING = (
@@ -148,7 +150,7 @@ def test_what_cannot_be_is_refused(override, message, hint):
     [("90", 5400), ("5:30", 330), ("1:02:03", 3723), ("2-0", 172_800), ("1-2:30", 95_400), ("1-0:00:01", 86_401)],
 )
 def test_times_are_read_as_sbatch_does(text, seconds):
-    assert slurm.limit_s(slurm.Options(time=text)) == seconds
+    assert _slurm_script.limit_s(_slurm_script.Options(time=text)) == seconds
 
 
 def test_without_slurm_the_way_out_is_named(monkeypatch):
