@@ -137,6 +137,8 @@ class ParallelPlan:
     nodes: int = 1
     tensor: int = 1
     pipeline: int = 1
+    interleave: int = 1  # chunks of layers each pipeline rank holds (arXiv:2104.04473, section 2.2)
+    sequence: bool = False  # norms and residuals sharded over the tensor ranks too (arXiv:2205.05198, section 4.2.2)
     zero: Zero = 0  # 1: optimizer, 2: + gradients, 3: + weights sharded over data (arXiv:1910.02054)
     offload: Literal["none", "optimizer", "all"] = "none"  # to CPU memory; all: weights too
     micro_batch: int = 1  # sequences per rank per forward pass

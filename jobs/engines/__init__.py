@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class StepResult:
     """What one optimizer step says of itself."""
 
-    loss: float  # mean over this rank's micro-batches; the loop averages it over the ranks
+    loss: float  # mean over this data rank's micro-batches, the same on its tensor and pipeline peers
     grad_norm: float  # global 2-norm before clipping, the same on every rank
 
 
@@ -44,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Negative log-likelihoods (B, T) of this rank's batch, fp32, without gradients."""
+        """Negative log-likelihoods (B, T) of this data rank's batch, fp32, without gradients; on its peers too."""
         ...
 
     def gathered(self) -> AbstractContextManager[torch.nn.Module]:

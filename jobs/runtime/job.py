@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.faults import StopFlag
+from jobs.runtime.mesh import Place, place
 from orchestrator.run import Attempt, Run
 from orchestrator.spec import Experiment, StageSpec
 
@@ -61,6 +62,11 @@ class Job:
     record: Attempt
     stop: StopFlag = field(default_factory=StopFlag)
     metrics: Metrics | None = None  # of rank 0
+
+    @property
+    def place(self) -> Place:
+        """This rank's coordinates: ranks that differ only in tensor and pipeline read the same samples."""
+        return place(self.ranks.rank, self.ranks.world, self.stage.parallel)
 
     @property
     def rendezvous(self) -> Path:

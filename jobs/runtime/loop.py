@@ -126,13 +126,13 @@ def train(
 def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:
     """Mean negative log-likelihood over the first ``samples`` of ``data``, in nats per token. Collective.
 
-    Each rank takes its turn; every rank runs as many forward passes as any other.
+    Each data rank takes its turn; every one runs as many forward passes as any other.
     """
-    ranks, micro = job.ranks, job.stage.parallel.micro_batch
+    place, micro = job.place, job.stage.parallel.micro_batch
     samples = min(samples, data.samples_per_epoch)
     summed, tokens = 0.0, 0
-    for turn in range(-(-samples // (ranks.world * micro))):
-        first = (turn * ranks.world + ranks.rank) * micro
+    for turn in range(-(-samples // (place.data_size * micro))):
+        first = (turn * place.data_size + place.data) * micro
         count = min(max(samples - first, 0), micro)
         nll = engine.forward(data.batch(first if count else 0, count or 1))[:count]
         summed += nll.double().sum().item()
@@ -141,15 +141,15 @@ def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:
 
 
 def _share(job: Job, data: Samples, first: int, size: int) -> list[Batch]:
-    """This rank's micro-batches of the global samples ``first`` to ``first + size``."""
-    ranks, micro = job.ranks, job.stage.parallel.micro_batch
-    turns, left = divmod(size, ranks.world * micro)
+    """This data rank's micro-batches of the global samples ``first`` to ``first + size``."""
+    place, micro = job.place, job.stage.parallel.micro_batch
+    turns, left = divmod(size, place.data_size * micro)
     if left:  # the plan allows none; a job that was started by hand may have other ranks
         raise TrainingError(
-            f"a batch of {size} does not split over {ranks.world} ranks with micro-batches of {micro}",
+            f"a batch of {size} does not split over {place.data_size} data ranks with micro-batches of {micro}",
             hint="start as many ranks as the plan has",
         )
-    return [data.batch(first + (turn * ranks.world + ranks.rank) * micro, micro) for turn in range(turns)]
+    return [data.batch(first + (turn * place.data_size + place.data) * micro, micro) for turn in range(turns)]
 
 
 def _performance(job: Job, step_s: float, tokens: int) -> dict[str, float]:
