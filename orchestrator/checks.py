@@ -198,35 +198,10 @@ def _batch(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Probl
 
 def _engine(where: str, stage: StageSpec, limits: Limits) -> Iterator[Problem]:
     """What the engine's LIMITS do not allow."""
-    p, engine = stage.parallel, f"engine `{stage.engine}`"
-    if p.pipeline > 1 and not limits.zero_with_pipeline:
-        yield Problem(
-            message=f"`{where}.parallel.pipeline` is {p.pipeline}, and {engine} has no pipeline",
-            hint=f"`{where}.parallel.pipeline=1`, with `zero: 3` to spread the weights",
-        )
-    allowed = limits.zero_with_pipeline if p.pipeline > 1 and limits.zero_with_pipeline else limits.zero
-    if p.zero not in allowed:
-        beside = " with a pipeline" if allowed is not limits.zero else ""
-        yield Problem(
-            message=f"`{where}.parallel.zero` is {p.zero}, which {engine} cannot do{beside}",
-            hint=f"`{where}.parallel.zero` may be {_any(allowed)}",
-        )
-    if p.tensor > 1 and not limits.tensor:
-        yield Problem(
-            message=f"`{where}.parallel.tensor` is {p.tensor}, and {engine} does not split tensors",
-            hint=f"`{where}.parallel.tensor=1`, with `zero: 3` to spread the weights",
-        )
-    if p.offload != "none" and p.zero not in limits.offload.get(p.offload, ()):
-        levels = limits.offload.get(p.offload, ())
-        yield Problem(
-            message=f"`{where}.parallel.offload` is {p.offload}, which {engine} cannot do with `zero` {p.zero}",
-            hint=f"`{where}.parallel.zero` may be {_any(levels)}" if levels else f"`{where}.parallel.offload=none`",
-        )
-    if stage.precision not in limits.precision:
-        yield Problem(
-            message=f"`{where}.precision` is {stage.precision}, which {engine} cannot do",
-            hint=f"it may be {_any(limits.precision)}",
-        )
+    engine = f"engine `{stage.engine}`"
+    for refusal in limits.refusals(stage):
+        asked = ", ".join(_asked(stage, name) for name in refusal.when)
+        yield Problem(message=f"`{where}`: {engine} cannot run {asked}: {refusal.why}", hint=refusal.instead)
     if stage.engine_config and not limits.owned:
         yield Problem(message=f"`{where}.engine_config` has keys, and {engine} takes none", hint="take them out")
     for key in limits.owned:
@@ -235,6 +210,12 @@ def _engine(where: str, stage: StageSpec, limits: Limits) -> Iterator[Problem]:
                 message=f"`{where}.engine_config.{key}` is the plan's to set",
                 hint=f"take it out; `{where}` says it in `parallel`, `global_batch`, `precision` or `optimizer`",
             )
+
+
+def _asked(stage: StageSpec, name: str) -> str:
+    inside = hasattr(stage.parallel, name)
+    value = getattr(stage.parallel if inside else stage, name)
+    return f"`{'parallel.' if inside else ''}{name}={str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _schedule(where: str, stage: StageSpec, model: ModelSpec) -> Iterator[Problem]:

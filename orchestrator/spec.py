@@ -214,12 +214,35 @@ class Experiment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What an engine can run; each ``jobs/engines/<name>.py`` states its own as ``LIMITS``."""
+class Refusal:
+    """A combination of settings that an engine does not run, and the way out.
 
-    zero: tuple[Zero, ...]
-    zero_with_pipeline: tuple[Zero, ...] = ()  # empty: no pipeline
-    tensor: bool = False
-    offload: dict[str, tuple[Zero, ...]] = field(default_factory=dict)  # offload -> ZeRO levels it works with
-    precision: tuple[str, ...] = ("fp32", "bf16")
-    owned: tuple[str, ...] = ()  # keys of engine_config, dotted, that the plan sets
+    ``when`` maps settings of StageSpec or ParallelPlan to the values that, all together, are refused;
+    ``tensor``, ``pipeline`` and ``interleave`` count as True where they are above 1.
+    """
+
+    when: dict[str, tuple[object, ...]]
+    why: str  # goes on from "engine `x` cannot run this: "
+    instead: str  # a hint, such as "`zero: 1`"
+
+    def applies(self, stage: StageSpec) -> bool:
+        """Whether ``stage`` asks for this combination."""
+        return all(setting(stage, name) in values for name, values in self.when.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an engine cannot run; each ``jobs/engines/<name>.py`` states its own as ``LIMITS``."""
+
+    refused: tuple[Refusal, ...] = ()
+    owned: tuple[str, ...] = ()  # keys of engine_config, dotted, that the plan sets; empty: it takes none
+
+    def refusals(self, stage: StageSpec) -> list[Refusal]:
+        """All that applies to ``stage``; empty where the engine can run it."""
+        return [r for r in self.refused if r.applies(stage)]
+
+
+def setting(stage: StageSpec, name: str) -> object:
+    """The value of a setting as ``Refusal.when`` speaks of it."""
+    value: object = getattr(stage.parallel if hasattr(stage.parallel, name) else stage, name)
+    return value > 1 if name in ("tensor", "pipeline", "interleave") and isinstance(value, int) else value

@@ -16,7 +16,7 @@ from jobs.engines import StepResult
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from orchestrator.errors import CheckpointError
-from orchestrator.spec import Limits, StageSpec
+from orchestrator.spec import Limits, Refusal, StageSpec
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,26 @@ if TYPE_CHECKING:
     from jobs.engines import Batch, LossFn
 
 LIMITS = Limits(
-    zero=(0, 1, 2, 3),
-    offload={"optimizer": (1, 2, 3), "all": (3,)},
+    refused=(
+        Refusal(
+            when={"offload": ("optimizer",), "zero": (0,)},
+            why="offload comes with ZeRO's shards",
+            instead="`zero: 1`, `2` or `3`",
+        ),
+        Refusal(when={"offload": ("all",), "zero": (0, 1, 2)}, why="only ZeRO-3 shards weights", instead="`zero: 3`"),
+        Refusal(
+            when={"tensor": (True,)},
+            why="it does not split tensors yet",
+            instead="`tensor: 1`, with `zero: 3` to spread the weights",
+        ),
+        Refusal(
+            when={"pipeline": (True,)},
+            why="it has no pipeline yet",
+            instead="`pipeline: 1`, with `zero: 3` to spread the weights",
+        ),
+        Refusal(when={"sequence": (True,)}, why="sequence parallel needs tensor ranks", instead="`sequence: false`"),
+        Refusal(when={"interleave": (True,)}, why="its pipelines hold one chunk a rank", instead="`interleave: 1`"),
+    ),
     owned=(
         "train_batch_size",
         "train_micro_batch_size_per_gpu",

@@ -15,14 +15,35 @@ from jobs.engines import StepResult
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from orchestrator.errors import CheckpointError
-from orchestrator.spec import Limits, StageSpec
+from orchestrator.spec import Limits, Refusal, StageSpec
 
 if TYPE_CHECKING:
     import torch
 
     from jobs.engines import Batch, LossFn
 
-LIMITS = Limits(zero=(0, 2, 3))
+LIMITS = Limits(
+    refused=(
+        Refusal(when={"zero": (1,)}, why="FSDP2 shards gradients and weights too", instead="`zero: 2` or `zero: 3`"),
+        Refusal(
+            when={"offload": ("optimizer", "all")},
+            why="it keeps everything on the GPU",
+            instead="`offload: none`, or `engine: deepspeed`",
+        ),
+        Refusal(
+            when={"tensor": (True,)},
+            why="it does not split tensors yet",
+            instead="`tensor: 1`, with `zero: 3` to spread the weights",
+        ),
+        Refusal(
+            when={"pipeline": (True,)},
+            why="it has no pipeline",
+            instead="`pipeline: 1`, with `zero: 3` to spread the weights",
+        ),
+        Refusal(when={"sequence": (True,)}, why="sequence parallel needs tensor ranks", instead="`sequence: false`"),
+        Refusal(when={"interleave": (True,)}, why="it has no pipeline", instead="`interleave: 1`"),
+    )
+)
 
 
 def build(make: Callable[[], torch.nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> TorchEngine:
