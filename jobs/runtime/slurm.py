@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
+from collections.abc import Mapping
 
 from jobs.runtime.job import Ranks
 from orchestrator.run import Run
@@ -33,11 +35,21 @@ def set_rendezvous(ranks: Ranks) -> None:
     """Let the ranks meet on the first node of the job, at a port that no other job or earlier start of it has."""
     if ranks.world == 1 or "MASTER_ADDR" in os.environ:
         return
-    from submitit.slurm.slurm import SlurmJobEnvironment
+    host, port = rendezvous(os.environ)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
 
-    job_id, restarts = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    os.environ["MASTER_ADDR"] = SlurmJobEnvironment().hostnames[0]
-    os.environ["MASTER_PORT"] = str(PORTS[(31 * job_id + restarts) % len(PORTS)])
+
+def rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port at which the ranks of the Slurm job in ``environ`` meet."""
+    job_id, restarts = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_RESTART_COUNT", "0"))
+    return first_host(environ["SLURM_JOB_NODELIST"]), PORTS[(31 * job_id + restarts) % len(PORTS)]
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a list as Slurm writes it: `rack[1-2]node[007,9]` begins with `rack1node007`."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])*", nodelist)
+    assert first, "an empty pattern matches too"
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0])
 
 
 def requeue(job_id: str) -> bool:
