@@ -5,6 +5,8 @@ Every file has one writer, and is replaced at once, so that a reader never sees 
     spec.yaml  plan.json  code/     the control plane, once, at submit
     run.json                        the control plane: every submission
     attempts/<attempt>.json         rank 0 of the job: from which step, to which, why it ended
+    ends/<attempt>.json             the warden of a Slurm job, once the ranks are gone: why, and what comes next
+    beats/<attempt>-<rank>.json     each rank, while it lives, under Slurm
     failures/<attempt>-<rank>.json  each rank that raised: what, when
     heartbeat.json  metrics.jsonl   rank 0, as it trains
     tracking.json                   whoever holds the tracking lock: MLflow ids, what was sent
@@ -28,7 +30,13 @@ from typing import Any, Literal, cast
 from orchestrator.errors import ConfigError, LaunchError
 from orchestrator.spec import Experiment
 
-Cause = Literal["", "done", "cancelled", "preempted", "error"]
+# Why an attempt ended. Asked to leave: cancelled (by the user), preempted (told in time, or not, that the scheduler
+# wants the nodes or that the time is up), requeued (by an administrator or Slurm, with no time to save). Not asked:
+# error (of code, config or data: stops the run), hardware (a GPU, a network card), frozen (no progress), lost (a rank
+# or a node vanished), fruitless (not begun: the attempts before it brought nothing).
+Cause = Literal[
+    "", "done", "cancelled", "preempted", "requeued", "error", "hardware", "frozen", "lost", "fruitless"
+]  # fmt: skip
 State = Literal["new", "queued", "running", "done", "stopped", "failed"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -81,7 +89,7 @@ class Submission:
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One start of the job. Written by its rank 0."""
+    """One start of the job. Written by its rank 0; from ``next`` on, and over its end, by the warden of a Slurm job."""
 
     name: str  # the submission's number, with `r<n>` after it for the n-th requeue
     job_id: str
@@ -93,7 +101,15 @@ class Attempt:
     ended_at: float | None = None
     cause: Cause = ""  # empty while it runs, and for ever if it was killed
     checkpoint_step: int = 0  # of the last checkpoint committed
-    note: str = ""
+    note: str = ""  # why it ended, in a sentence
+    next: Literal["", "requeue", "stop"] = ""  # what the warden did about it
+    nodes: str = ""  # it ran on, as Slurm lists them: `node[1-4]`
+    ranks: list[int] = field(default_factory=list)  # those the end is put down to, where they can be named
+    culprits: list[str] = field(default_factory=list)  # their nodes
+    excluded: list[str] = field(default_factory=list)  # nodes that the attempts after it stay away from
+
+
+ENDS = ("cause", "ended_at", "note", "next", "nodes", "ranks", "culprits", "excluded")  # of an Attempt: the warden's
 
 
 @dataclass(kw_only=True)
@@ -156,12 +172,20 @@ class Run:
 
     def attempts(self) -> list[Attempt]:
         """Every start of the job so far, oldest first."""
-        files = (self.folder / "attempts").glob("*.json")
-        return sorted((Attempt(**read_json(f)) for f in files), key=lambda a: a.started_at)
+        begun = {f.stem: read_json(f) for f in (self.folder / "attempts").glob("*.json")}
+        ended = {f.stem: read_json(f) for f in (self.folder / "ends").glob("*.json")}
+        for name, end in ended.items():  # one that died before it had a rank 0 has only that
+            begun[name] = {**end, **begun.get(name, {}), **{key: end[key] for key in ENDS}}
+        return sorted((Attempt(**value) for value in begun.values()), key=lambda a: a.started_at)
 
     def save_attempt(self, attempt: Attempt) -> None:
         """Replace the file of ``attempt``. Only rank 0 of that attempt may."""
         write_json(self.folder / "attempts" / f"{attempt.name}.json", asdict(attempt))
+
+    def save_end(self, attempt: Attempt) -> None:
+        """Write how ``attempt`` ended. Only the warden may; a rank of it that is alive still leaves when it sees this."""
+        (self.folder / "ends").mkdir(exist_ok=True)
+        write_json(self.folder / "ends" / f"{attempt.name}.json", asdict(attempt))
 
     def state(self, *, alive: bool) -> State:
         """What the folder says of the run, given whether its launcher still knows the job.
@@ -175,8 +199,8 @@ class Run:
         if not self.submissions:
             return "new"
         started = last is not None and last.name.partition("r")[0] == str(self.submissions[-1].number)
-        if alive:
-            return "running" if started else "queued"
+        if alive and not (started and last and last.next == "stop"):
+            return "running" if started and last and not last.next else "queued"
         return "stopped" if started and last and last.cause in ("cancelled", "preempted") else "failed"
 
     def failures(self, attempt: str) -> list[dict[str, Any]]:
