@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch import _slurm_container as images
 from orchestrator.errors import ConfigError
 from orchestrator.plan import estimate, signal_lead_s
 from orchestrator.registry import find
@@ -41,6 +42,7 @@ class Options:
     gres: str | None = None  # in place of `--gpus-per-node`, such as `gpu:a100:8`
     setup: list[str] = field(default_factory=list)  # lines of bash before the job, such as `module load cuda`
     environment: dict[str, str] = field(default_factory=dict)  # variables of the job; no secrets
+    container: images.Container = field(default_factory=images.Container)
 
 
 def options(experiment: Experiment) -> Options:
@@ -55,6 +57,7 @@ def options(experiment: Experiment) -> Options:
                 hint="a variable has a plain name and one line; keep secrets in a file of yours that `setup` reads",
             )
     limit_s(chosen)
+    images.check(chosen.container)
     return chosen
 
 
@@ -90,8 +93,14 @@ def sbatch_text(run: Run, experiment: Experiment, *, folder: Path, base: Mapping
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{interpreter(run, experiment, python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return _make_sbatch_string(command=command, folder=folder, **parameters(run, experiment, base))
+
+
+def interpreter(run: Run, experiment: Experiment, python: str) -> str:
+    """The beginning of a rank's command line: ``python``, or a container's."""
+    on_gpu = find("jobs", experiment.stages[run.stage].kind).PER_GPU and experiment.cluster.gpu != "cpu"
+    return images.interpreter(options(experiment).container, run, experiment.data, python, on_gpu=on_gpu)
 
 
 def parameters(run: Run, experiment: Experiment, base: Mapping[str, str]) -> dict[str, Any]:
@@ -117,8 +126,16 @@ def parameters(run: Run, experiment: Experiment, base: Mapping[str, str]) -> dic
         "wckey": None,
         "stderr_to_stdout": True,
         # From Slurm 22.05 on srun does not take over --cpus-per-task, nor, after --export=NIL, the script's variables.
-        "srun_args": ["--kill-on-bad-exit=1", "--export=ALL", "--open-mode=append"],
-        "setup": _setup(run, chosen, cpus, base),
+        "srun_args": [
+            *("--kill-on-bad-exit=1", "--export=ALL", "--open-mode=append"),
+            *images.srun_options(
+                chosen.container, run, experiment.data, images.carried(cpus_of(cpus) | chosen.environment)
+            ),
+        ],
+        "setup": [
+            *_setup(run, chosen, cpus, base),
+            *images.preparation(chosen.container, experiment.data),
+        ],
         "additional_parameters": {
             "requeue": True,
             "export": "NIL",
@@ -131,10 +148,14 @@ def parameters(run: Run, experiment: Experiment, base: Mapping[str, str]) -> dic
 def _setup(run: Run, chosen: Options, cpus: int | None, base: Mapping[str, str]) -> list[str]:
     """Lines of bash before srun; the run's own copy of the code comes before any other, `setup`'s included."""
     variables = {name: base[name] for name in CARRIED if name in base} | {"PYTHONUNBUFFERED": "1"}
-    if cpus:
-        variables |= {"SRUN_CPUS_PER_TASK": str(cpus), "OMP_NUM_THREADS": str(cpus)}
+    variables |= cpus_of(cpus)
     return [
         *(f"export {name}={shlex.quote(value)}" for name, value in (variables | chosen.environment).items()),
         *chosen.setup,
         f"export PYTHONPATH={shlex.quote(str(run.folder / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
     ]
+
+
+def cpus_of(cpus: int | None) -> dict[str, str]:
+    """The variables that tell srun, and the ranks' libraries, of their CPUs."""
+    return {"SRUN_CPUS_PER_TASK": str(cpus), "OMP_NUM_THREADS": str(cpus)} if cpus else {}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from launch import _slurm_queue as queue
 from launch import open_box
-from launch._slurm_script import lead_s, limit_s, options, parameters, sbatch_text
+from launch._slurm_script import interpreter, lead_s, limit_s, options, parameters, sbatch_text
 from orchestrator.errors import LaunchError
 from orchestrator.run import Run, Submission
 from orchestrator.spec import Experiment
@@ -119,8 +119,9 @@ def _sbatch(run: Run, number: int, behind: str | None) -> str:
             after = [f"--dependency=afterok:{behind}", "--kill-on-invalid-dep=yes"] if behind else []
             return ["timeout", str(queue.COMMAND_S), "sbatch", "--hold", *after, str(submission_file_path)]
 
-    executor = Executor(run.folder / "submitit" / str(number))
-    executor.update_parameters(**parameters(run, run.spec(), os.environ))
+    experiment = run.spec()
+    executor = Executor(run.folder / "submitit" / str(number), python=interpreter(run, experiment, sys.executable))
+    executor.update_parameters(**parameters(run, experiment, os.environ))
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return str(executor.submit(job_main, str(run.folder)).job_id)
