@@ -21,7 +21,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,6 +151,18 @@ class Run:
         except (OSError, YAMLError, OmegaConfBaseException) as e:
             raise _unreadable(file, e) from e
 
+    def steps(self) -> int:
+        """How many the stage is to train. Read from ``spec.yaml`` alone: `orch status` has a thousand to ask."""
+        import yaml
+
+        file = self.folder / "spec.yaml"
+        try:
+            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            with file.open(encoding="utf-8") as f:
+                return int(yaml.load(f, loader)["stages"][self.stage]["steps"])  # noqa: S506  (both are safe)
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as e:
+            raise _unreadable(file, e) from e
+
     def save(self) -> None:
         """Replace ``run.json``. Only the control plane may, under ``lock("run")``."""
         value = asdict(self)
@@ -183,16 +195,16 @@ class Run:
         write_json(self.folder / "attempts" / f"{attempt.name}.json", asdict(attempt))
 
     def save_end(self, attempt: Attempt) -> None:
-        """Write how ``attempt`` ended. Only the warden may; a rank of it that is alive still leaves when it sees this."""
+        """Write how ``attempt`` ended. Only the warden may; a rank that is alive still leaves when it sees it."""
         (self.folder / "ends").mkdir(exist_ok=True)
         write_json(self.folder / "ends" / f"{attempt.name}.json", asdict(attempt))
 
-    def state(self, *, alive: bool) -> State:
+    def state(self, *, alive: bool, attempts: Sequence[Attempt] | None = None) -> State:
         """What the folder says of the run, given whether its launcher still knows the job.
 
         ``done`` means that the target step was reached; ``stopped``, that it saved and left when told to.
         """
-        attempts = self.attempts()
+        attempts = self.attempts() if attempts is None else attempts
         last = attempts[-1] if attempts else None
         if last and last.cause == "done":
             return "done"
