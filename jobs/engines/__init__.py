@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from jobs.runtime.pieces import Piece
+
     Batch = dict[str, torch.Tensor]  # tokens (B, T) and targets (B, T), int64, on the CPU
     LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]  # (nll (B, T), batch) -> scalar
 
@@ -37,7 +39,6 @@ class Engine(Protocol):
     """One model, its optimizer and its shards on all ranks. Every method is collective."""
 
     module: torch.nn.Module
-    portable: tuple[str, ...]  # keys of a checkpoint's layout that may differ where it is loaded
 
     def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches, with learning rate ``lr``."""
@@ -51,10 +52,18 @@ class Engine(Protocol):
         """The whole module on every rank, for generation and export."""
         ...
 
+    def pieces(self) -> list[Piece]:
+        """All that this rank holds of the weights, in fp32, and of AdamW's state: what a checkpoint is made of."""
+        ...
+
+    def filled(self) -> None:
+        """Bring in line what is made of the pieces (bf16 copies, gathered weights): they have just been replaced."""
+        ...
+
     def save(self, folder: Path) -> None:
-        """Write this rank's share of weights and optimizer state into ``folder``."""
+        """``pieces.save``."""
         ...
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Read what ``save`` wrote; with ``weights_only``, the optimizer starts anew."""
+        """``pieces.load``."""
         ...

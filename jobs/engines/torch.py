@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.engines import StepResult
-from jobs.runtime import dist
+from jobs.runtime import dist, pieces
 from jobs.runtime.job import Ranks
-from orchestrator.errors import CheckpointError
+from jobs.runtime.pieces import Piece, Slot
 from orchestrator.spec import Limits, Refusal, StageSpec
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def build(make: Callable[[], torch.nn.Module], stage: StageSpec, ranks: Ranks, l
 
 
 class TorchEngine:
-    """DDP or FSDP2 behind the engine protocol. Its checkpoints can be read at any world size and ZeRO level."""
-
-    portable = ("world", "parallel.zero")
+    """DDP or FSDP2 behind the engine protocol."""
 
     def __init__(self, make: Callable[[], torch.nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
         import torch
@@ -78,6 +76,7 @@ class TorchEngine:
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.module, o.weight_decay), lr=o.lr, betas=o.betas, eps=o.eps, fused=True
         )
+        self._fill_optimizer()
 
     def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
         """One AdamW step over ``batches``. DDP reduces gradients once, with the last; FSDP2 with each, as they
@@ -123,29 +122,32 @@ class TorchEngine:
         finally:
             self._reshard()
 
-    def save(self, folder: Path) -> None:
-        """Write slices along dim 0 as safetensors: rank 0 the whole of it (DDP), or each rank its own."""
-        from safetensors.torch import save_file
+    def pieces(self) -> list[Piece]:
+        """Whole tensors (DDP), or rows of them (FSDP2)."""
+        found: list[Piece] = []
+        for name, p in self.module.named_parameters():
+            cut, rows = getattr(p, "cut", None), _rows(p)
+            local = tuple(p.shape)
+            start = rows[0] * (p.numel() // max(p.shape[0], 1))
+            state = self.optimizer.state[p]
+            tensors: dict[Slot, Any] = {"weight": p, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            for slot, value in tensors.items():
+                data = _local(value.detach()).view(-1)
+                found.append(Piece(name=_plain(name), slot=slot, shape=local, data=data, start=start, cut=cut))
+            found.append(Piece(name=_plain(name), slot="step", shape=(1,), data=state["step"].view(1)))
+        return found
 
-        if not self.sharded and self.ranks.rank != 0:
-            return
-        tensors = {key: _local(t).contiguous() for key, t in self._state().items()}
-        name = f"torch-{self.ranks.rank:05d}-of-{self.ranks.world if self.sharded else 1:05d}.safetensors"
-        save_file(tensors, folder / name)
+    def filled(self) -> None:
+        """FSDP2 gathers anew before the next forward pass; DDP's weights are what was filled."""
+        self._reshard()
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of weights and optimizer state into ``folder``."""
+        pieces.save(folder, self, self.ranks)
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Read what ``save`` wrote, at this or another world size, whole or sharded."""
-        import torch
-
-        files = sorted(folder.glob("torch-*-of-*.safetensors"))
-        if not files or int(files[0].stem.rpartition("-")[2]) != len(files):
-            raise CheckpointError(f"`{folder}` holds no whole checkpoint of engine `torch`: {len(files)} files")
-        if not weights_only:
-            self._fill_optimizer()
-        with _Slices(files) as slices, torch.no_grad():
-            for key, t in self._state(weights_only=weights_only).items():
-                local = _local(t)
-                local.copy_(slices.rows(key, *_rows(t)) if t.dim() else slices.scalar(key))
+        """Read what any engine wrote."""
+        pieces.load(folder, self, weights_only=weights_only)
 
     def _fsdp_modules(self) -> list[Any]:
         """The modules that FSDP2 gathers and shards; none under DDP."""
@@ -180,7 +182,7 @@ class TorchEngine:
         return self.replica.no_sync() if wait else nullcontext()
 
     def _fill_optimizer(self) -> None:
-        """Give every parameter its AdamW state, so that there are tensors to load into."""
+        """Give every parameter its AdamW state, which torch would make at the first step: a load fills it."""
         import torch
 
         for group in self.optimizer.param_groups:
@@ -190,16 +192,6 @@ class TorchEngine:
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
-
-    def _state(self, *, weights_only: bool = False) -> dict[str, torch.Tensor]:
-        """Every tensor of a checkpoint by its key: the parameter's name, or ``<state>/<name>``."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, p in self.module.named_parameters():
-            tensors[_plain(name)] = p.detach()
-            if not weights_only:
-                state = self.optimizer.state.get(p, {})
-                tensors |= {f"{key}/{_plain(name)}": value for key, value in state.items()}
-        return tensors
 
 
 def _shard(module: Any, stage: StageSpec, ranks: Ranks, device: torch.device) -> None:
@@ -225,40 +217,6 @@ def _replicate(module: Any, ranks: Ranks, device: torch.device) -> Any:
         return module
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
-
-
-class _Slices:
-    """Tensors kept as slices along dim 0, one file per rank in rank order; read back in any other slicing."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        from safetensors import safe_open
-
-        self.files = [safe_open(p, "pt") for p in paths]
-
-    def __enter__(self) -> _Slices:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.files.clear()
-
-    def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` of the whole tensor."""
-        import torch
-
-        parts, at = [], 0
-        for f in self.files:
-            rows = f.get_slice(key)
-            n = rows.get_shape()[0]
-            low, high = max(start, at), min(stop, at + n)
-            if low < high:
-                parts.append(rows[low - at : high - at])
-            at += n
-        return torch.cat(parts) if parts else f.get_tensor(key)[:0]
-
-    def scalar(self, key: str) -> torch.Tensor:
-        """A tensor of no dims, which every file holds alike."""
-        value: torch.Tensor = self.files[0].get_tensor(key)
-        return value
 
 
 def _plain(name: str) -> str:

@@ -186,6 +186,11 @@ def identity(job: Job, engine: Engine, data: Samples) -> dict[str, Any]:
     }
 
 
+def _free(job: Job) -> tuple[str, ...]:
+    """What of the layout may differ."""
+    return ("layout.world", "layout.parallel.zero") if job.stage.engine == "torch" else ()
+
+
 def _resume(job: Job, engine: Engine, data: Samples) -> Position:
     """Load the newest whole checkpoint; without one, the weights of ``init_from``, or nothing."""
     found = checkpoint.newest(job.run.checkpoints, ranks=job.ranks)
@@ -194,7 +199,7 @@ def _resume(job: Job, engine: Engine, data: Samples) -> Position:
             _start_from(job, engine, data, job.stage.init_from)
         return Position()
     folder, state = found
-    free = tuple(f"layout.{key}" for key in engine.portable)
+    free = _free(job)
     checkpoint.check_identity(folder, state["identity"], identity(job, engine, data), free=free)
     engine.load(folder)
     _load_rng(folder, job)
@@ -210,7 +215,7 @@ def _start_from(job: Job, engine: Engine, data: Samples, stage: str) -> None:
     if found is None:
         raise CheckpointError(f"`init_from: {stage}`: no checkpoint in `{other}`", hint=f"run stage `{stage}` first")
     folder, state = found
-    free = ("data", *(f"layout.{key}" for key in engine.portable))
+    free = ("data", *_free(job))
     checkpoint.check_identity(folder, state["identity"], identity(job, engine, data), free=free)
     engine.load(folder, weights_only=True)
     log.info("weights of `%s`", folder)
