@@ -1,14 +1,29 @@
 """Where a run executes: one module per launcher, each with ``check``, ``submit``, ``alive`` and ``cancel``.
 
 A launcher starts ``jobs.__main__.main(<run folder>)`` once per rank, and nothing else: whatever the
-job needs to know lies in the run folder.
+job needs to know lies in the run folder. Where it has more to say it has also ``preview(run)``, the script it would
+hand to its scheduler; ``seen(run)``, what that says of the job, as a Seen; and ``ended(run)``, what it knows of
+attempts that left no word, by their names, as orchestrator.logbook.Ended.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from orchestrator.run import Run
 from orchestrator.spec import Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a scheduler says of a job."""
+
+    state: str  # its word, such as PENDING
+    waiting: bool  # it has not begun, or waits to begin again
+    reason: str = ""  # its word for why it waits
+    why: str = ""  # the same in ours; empty where we have none
+    starts_at: float | None = None  # when it expects to start it
+    nodes: str = ""  # such as node[1-4]
 
 
 class Launcher(Protocol):

@@ -18,13 +18,16 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
+from launch import Seen, open_box
+from launch import _slurm_preflight as probe
 from launch import _slurm_queue as queue
-from launch import open_box
 from launch._slurm_script import interpreter, lead_s, limit_s, options, parameters, sbatch_text
 from orchestrator.errors import LaunchError
+from orchestrator.logbook import Ended
 from orchestrator.run import Run, Submission
 from orchestrator.spec import Experiment
 
+LOOKS_AHEAD = True  # `submit` knows `preflight` and `rehearse`
 SETTLE_S = 3.0  # from the first rank's begin until all have their signal handlers
 
 
@@ -45,26 +48,34 @@ def check(experiment: Experiment, stage: str) -> None:
             )
 
 
-def submit(runs: Sequence[Run]) -> None:
+def submit(runs: Sequence[Run], *, preflight: bool = False, rehearse: bool = False) -> None:
     """Queue ``runs``, each behind the one before it. Nothing starts before every Submission is on disk.
+
+    ``preflight`` puts a job before them that looks at the nodes; ``rehearse`` gives them ranks that do not train.
 
     Raises:
         LaunchError: Slurm refused one of them; what was queued before it is taken back.
     """
     queued: list[Run] = []
+    ahead: list[str] = []
     try:
+        if preflight:
+            job_id, folder = probe.queue_preflight(runs)
+            ahead.append(job_id)
         for run in runs:
             number = open_box(run)
-            behind = queued[-1].submissions[-1].job_id if queued else None
-            job_id = _sbatch(run, number, behind)
+            behind = queued[-1].submissions[-1].job_id if queued else next(iter(ahead), None)
+            job_id = probe.queue_rehearsal(run, behind) if rehearse else _sbatch(run, number, behind)
             run.submissions.append(Submission(number=number, launcher="slurm", job_id=job_id, submitted_at=time.time()))
             queued.append(run)
             run.save()
-        queue.call("scontrol", "release", ",".join(r.submissions[-1].job_id for r in queued))
+        if preflight:
+            probe.arm(folder, ahead[0], [r.submissions[-1].job_id for r in queued])
+        queue.call("scontrol", "release", ",".join([*ahead, *(r.submissions[-1].job_id for r in queued)]))
     except BaseException:
-        if queued:
+        if ahead or queued:
             with suppress(LaunchError):
-                queue.call("scancel", *(r.submissions[-1].job_id for r in queued))
+                queue.call("scancel", *ahead, *(r.submissions[-1].job_id for r in queued))
         for run in queued:
             run.submissions.pop()
             run.save()
@@ -81,6 +92,16 @@ def preview(run: Run) -> str:
 def alive(run: Run) -> bool:
     """Whether Slurm holds, runs or will requeue the job of the newest submission."""
     return queue.state(run) not in {"", *queue.OVER}
+
+
+def seen(run: Run) -> Seen | None:
+    """What Slurm says of the job of the newest submission; None where it has forgotten it."""
+    return queue.seen(run)
+
+
+def ended(run: Run) -> dict[str, Ended]:
+    """What accounting knows of attempts that left no word; nothing where it does not answer at once."""
+    return queue.ended(run)
 
 
 def cancel(run: Run, *, now: bool = False) -> None:

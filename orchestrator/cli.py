@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from orchestrator import __version__
-from orchestrator.errors import OrchError
+from orchestrator.errors import LaunchError, OrchError
 
 if TYPE_CHECKING:
     from orchestrator.compose import Composed
@@ -179,10 +179,21 @@ def plan(config: str, overrides: Sequence[str], stages: Sequence[str], force: bo
 @STAGES
 @click.option("--launcher", metavar="NAME", help="Where to run, such as `local`. Default: `cluster.launcher`.")
 @click.option("--dry-run", is_flag=True, help="Write the run folders, start nothing.")
+@click.option("--preflight", is_flag=True, help="Slurm: look at the nodes first, and go without the sick ones.")
+@click.option("--rehearse", is_flag=True, help="Slurm: jobs of the real shape, whose ranks say where they stand.")
 @click.option("--force", is_flag=True, help="Submit although the estimate does not fit.")
 @DETACH
 @click.pass_obj
-def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_run: bool, **how: Any) -> None:
+def submit(
+    root: Path,
+    config: str,
+    overrides: Sequence[str],
+    detach: bool,
+    dry_run: bool,
+    preflight: bool,
+    rehearse: bool,
+    **how: Any,
+) -> None:
     """Check a config, start its stages and watch them.
 
     A stage that waits for another starts when that one is done. Submitting again goes on where the experiment
@@ -198,7 +209,7 @@ def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_
     from orchestrator.submit import submit as hand_over
 
     composed = _compose(config, overrides, how["stages"])
-    runs = hand_over(composed, root=root, dry_run=dry_run, **how)
+    runs = hand_over(composed, root=root, dry_run=dry_run, preflight=preflight, rehearse=rehearse, **how)
     if dry_run:
         for run in runs:
             click.echo(run.folder)
@@ -206,7 +217,12 @@ def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_
         click.echo("nothing was started", err=True)
         _next(_submission(config, overrides, **how))
     elif runs:
-        _watch(runs, detach)
+        if (preflight or rehearse) and not detach:
+            _look_ahead(runs)
+        if not rehearse:
+            _watch(runs, detach)
+        elif detach:
+            _next(f"orch preflight {runs[0].experiment}")
     else:
         click.echo("all stages are done", err=True)
         _next(f"orch status {composed.experiment.name}", "orch ui")
@@ -214,50 +230,119 @@ def submit(root: Path, config: str, overrides: Sequence[str], detach: bool, dry_
 
 @cli.command()
 @ANY_RUN
+@click.option("-w", "--watch", is_flag=True, help="Go on showing how they stand until all have ended, or Ctrl-C.")
+@click.option("--markdown", is_flag=True, help="Print the logbook of RUN as Markdown.")
 @JSON
 @click.pass_obj
-def status(root: Path, run: str | None, as_json: bool) -> None:
-    """List the runs, or show one: state, step, loss, speed, checkpoint, attempts, errors."""
-    from orchestrator import show
-    from orchestrator.run import find_runs, list_runs
-    from orchestrator.submit import alive
+def status(root: Path, run: str | None, watch: bool, markdown: bool, as_json: bool) -> None:
+    """List the runs, or show one with its logbook.
 
-    runs = find_runs(root, run) if run else list_runs(root)
-    living = [alive(r) for r in runs]
-    rows = [show.status(r, living=lives) for r, lives in zip(runs, living, strict=True)]
+    Of each: state, step, loss, speed, newest checkpoint, attempts and how they ended, why it waits or failed. The
+    logbook has the attempts, what each lost, and the goodput.
+    """
+    from orchestrator import follow, logbook, show
+    from orchestrator.run import find_runs, list_runs
+    from orchestrator.status import book, look, row
+
+    def chosen() -> "list[Run]":
+        return find_runs(root, run) if run else list_runs(root)
+
+    if markdown and not run:
+        raise click.UsageError("`--markdown` needs a RUN")
+    if watch and (markdown or as_json):
+        raise click.UsageError("`--watch` goes with neither `--markdown` nor `--json`")
+    if watch:
+        with suppress(KeyboardInterrupt):
+            follow.watch(chosen)
+        return
+    standings, problem = look(chosen())
+    rows = [row(s) for s in standings]
+    books = [book(s) for s in standings] if run else []
     if as_json:
-        show.as_json(rows)
+        show.as_json([r | b.to_json() for r, b in zip(rows, books, strict=True)] if run else rows)
+    elif markdown:
+        click.echo("\n".join(logbook.markdown(r["run"], b) for r, b in zip(rows, books, strict=True)), nl=False)
     elif run:
-        for r, row in zip(runs, rows, strict=True):
-            show.details(r, row)
+        for s, r, b in zip(standings, rows, books, strict=True):
+            show.details(s.run, r, b)
     elif rows:
-        show.table(rows)
+        show.out().print(show.table(rows))
     else:
         click.echo(f"no runs in `{root}`", err=True)
         _next("orch submit configs/demo.yaml")
-    problem = show.reconcile(runs, living)
+    if problem:
+        click.echo(f"this is what the run folders say: {problem}", err=True)
+    problem = show.reconcile(standings)
     if problem:
         click.echo(f"MLflow was not brought up to date: {problem}", err=True)
 
 
+@cli.command("list")
+@JSON
+@click.pass_obj
+def list_(root: Path, as_json: bool) -> None:
+    """List the experiments and their stages. Asks no scheduler."""
+    from orchestrator import show
+    from orchestrator.run import list_runs
+
+    found = show.experiments(list_runs(root))
+    if as_json:
+        show.as_json(found)
+        return
+    for entry in found:
+        click.echo(f"{entry['experiment']}: {' '.join(entry['stages'])}")
+    if not found:
+        click.echo(f"no runs in `{root}`", err=True)
+
+
 @cli.command()
 @RUN
-@click.option("--rank", type=click.IntRange(0), default=0, show_default=True, help="Rank whose log to print.")
-@click.option("--attempt", metavar="NAME", help="An earlier attempt; `orch status RUN` lists them.")
-@click.option("-f", "--follow", is_flag=True, help="Go on printing as the log grows.")
+@JSON
 @click.pass_obj
-def logs(root: Path, run: str, rank: int, attempt: str | None, follow: bool) -> None:
-    """Print the log of a run."""
-    from orchestrator.follow import print_log, until_begun
+def preflight(root: Path, run: str, as_json: bool) -> None:
+    """Show what the newest preflight, and the rehearsal, of a run found."""
+    from orchestrator import preflight as ahead
+    from orchestrator import show
     from orchestrator.run import find_runs
-    from orchestrator.show import log_file
 
+    found = []
+    for place in (root, root / ahead.REHEARSALS):
+        with suppress(LaunchError):
+            found += ahead.folders(find_runs(place, run))
+    if not found:
+        raise LaunchError(f"nothing has looked ahead for `{run}`", hint="`orch submit CONFIG --preflight` does")
+    reports = [(folder, ahead.await_report(folder)) for folder in found]
+    if as_json:
+        show.as_json([{"folder": str(folder), **report} for folder, report in reports])
+    else:
+        for folder, report in reports:
+            ahead.show(folder, report)
+    if not all(report["passed"] for _, report in reports):
+        sys.exit(1)
+
+
+@cli.command()
+@RUN
+@click.option("--rank", metavar="N|all", default="0", show_default=True, help="Rank whose log to print, or all.")
+@click.option("--attempt", metavar="NAME|all", help="An earlier attempt, or all; `orch status RUN` lists them.")
+@click.option("-f", "--follow", is_flag=True, help="Go on printing as the log grows, through requeues, to the end.")
+@click.pass_obj
+def logs(root: Path, run: str, rank: str, attempt: str | None, follow: bool) -> None:
+    """Print the log of a run.
+
+    With several ranks or attempts, each line begins with the attempt and the rank it is of.
+    """
+    from orchestrator.follow import ALL, Tail, no_log
+    from orchestrator.run import find_runs
+
+    if rank != ALL and not rank.isdecimal():
+        raise click.BadParameter(f"`{rank}` is neither a number nor `all`", param_hint="--rank")
+    which = None if rank == ALL else int(rank)
     runs = find_runs(root, run)
-    if follow and not attempt:
-        until_begun(runs)
-    chosen, path = log_file(runs, attempt, rank)
-    click.echo(f"==> {path}", err=True)
-    print_log(path, sys.stdout, chosen if follow else None)
+    tail = Tail(runs, sys.stdout, rank=which, attempt=attempt)
+    with suppress(KeyboardInterrupt):
+        if not (tail.follow() if follow else tail.print()):
+            raise no_log(runs, rank=which, attempt=attempt)
 
 
 @cli.command()
@@ -394,6 +479,17 @@ def _watch(runs: Sequence["Run"], detach: bool) -> None:
     deliver(runs)
     if not ends(runs):
         sys.exit(1)
+
+
+def _look_ahead(runs: Sequence["Run"]) -> None:
+    """Show what is found ahead of ``runs``, as it is found; exit with 1 if they may not start."""
+    from orchestrator import preflight as ahead
+
+    for folder in ahead.folders(runs):
+        report = ahead.await_report(folder)
+        ahead.show(folder, report)
+        if not report["passed"]:
+            sys.exit(1)
 
 
 def _submission(

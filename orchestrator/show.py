@@ -6,18 +6,19 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import logbook, status
 from orchestrator.errors import LaunchError, TrackingError
+from orchestrator.logbook import duration
 from orchestrator.run import Attempt, Run
-from orchestrator.submit import alive
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 STYLES = {"running": "cyan", "queued": "yellow", "done": "green", "stopped": "yellow", "failed": "bold red"}
 NOTHING = "-"
+COLUMNS = ("run", "state", "step", "loss", "tokens/s", "checkpoint", "attempts", "note")
 
 
 def out() -> "Console":
@@ -87,115 +88,66 @@ def _plan(e: Mapping[str, Any]) -> dict[str, str]:
 # Runs
 
 
-def status(run: Run, *, living: bool | None = None) -> dict[str, Any]:
-    """What is known of ``run``, by the keys of `orch status --json`."""
-    attempts, beat = run.attempts(), run.heartbeat()
-    state = run.state(alive=alive(run) if living is None else living)
-    last = attempts[-1] if attempts else None
-    return {
-        "run": run.name,
-        "state": state,
-        "step": beat.get("step", last.to_step if last else 0),
-        "steps": beat["steps"] if beat else run.spec().stages[run.stage].steps,
-        "tokens": beat.get("tokens", 0),
-        "loss": beat.get("loss"),
-        "tokens_per_s": beat.get("tokens_per_s"),
-        "checkpoint_step": max((a.checkpoint_step for a in attempts), default=0),
-        "attempts": len(attempts),
-        "ended": _how_it_ended(run, state),
-        "heartbeat_at": beat.get("time"),
-        "folder": str(run.folder),
-    }
-
-
-def reconcile(runs: Sequence[Run], living: Sequence[bool]) -> str:
+def reconcile(standings: Sequence[status.Standing]) -> str:
     """Give the MLflow runs their statuses; return why that failed, or nothing."""
     from orchestrator import track
 
     problem = ""
-    for run, lives in zip(runs, living, strict=True):
+    for standing in (s for s in standings if s.sure):
         try:
-            track.reconcile(run, lives)
+            track.reconcile(standing.run, standing.alive)
         except (TrackingError, LaunchError) as e:  # the others may be tracked elsewhere
             problem = problem or str(e)
     return problem
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> None:
+def table(rows: Sequence[Mapping[str, Any]]) -> Any:
     """One row per run."""
-    table = _table("run", "state", "step", "loss", "tokens/s", "checkpoint", "attempts", "last end")
+    table, now = _table(*COLUMNS), time.time()
     for row in rows:
         table.add_row(
             row["run"],
-            f"[{STYLES.get(row['state'], 'default')}]{row['state']}[/]",
+            f"[{STYLES.get(row['state'], 'default')}]{row['state']}[/]" + ("" if row["answered"] else "?"),
             f"{row['step']}/{row['steps']}" if row["steps"] else NOTHING,
             NOTHING if row["loss"] is None else f"{row['loss']:.4f}",
             NOTHING if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
             str(row["checkpoint_step"] or NOTHING),
-            str(row["attempts"] or NOTHING),
-            _escape(row["ended"].partition("\n")[0][:100] or NOTHING),
+            status.attempts_note(row["causes"], row["state"]) if row["attempts"] else NOTHING,
+            _escape(status.note(row, now).partition("\n")[0][:100] or NOTHING),
         )
-    out().print(table)
+    return table
 
 
-def details(run: Run, row: Mapping[str, Any]) -> None:
-    """All attempts of one run, and why the last one failed."""
+def details(run: Run, row: Mapping[str, Any], book: logbook.Logbook) -> None:
+    """One run: its row, its logbook, and why it failed."""
     console = out()
-    table([row])
-    console.print(f"folder: {_escape(str(run.folder))}", soft_wrap=True)
-    attempts = _table("attempt", "host", "ranks", "steps", "time", "end")
-    beat, newest = run.heartbeat(), [a.name for a in run.attempts()][-1:]
-    for a in run.attempts():
-        running = row["state"] == "running" and [a.name] == newest
-        until = a.ended_at or (time.time() if running else beat["time"] if beat.get("attempt") == a.name else None)
-        took = duration(until - a.started_at) if until else NOTHING
-        end = a.cause or ("running" if running else "killed")
-        attempts.add_row(a.name, a.host, str(a.world), f"{a.from_step} to {a.to_step}", took, end)
-    if attempts.row_count:
+    console.print(table([row]))
+    job = f", job {row['job_id']} {row['scheduler_state']}".rstrip() if row["job_id"].isdigit() else ""
+    nodes = f", on {row['nodes']}" if row["nodes"] else ""
+    console.print(_escape(f"folder: {row['folder']}{job}{nodes}"), soft_wrap=True)
+    if book.entries:
+        attempts = _table(*logbook.COLUMNS)
+        for entry in book.entries:
+            attempts.add_row(*map(_escape, logbook.cells(entry)))
         console.print(attempts)
+        console.print(logbook.summary(book), soft_wrap=True)
     if row["state"] == "failed":
-        message, hint = failure(run)
+        message, hint = status.failure(run)
         console.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
         if hint:
             console.print(f"[cyan]hint:[/] {_escape(pasteable(hint))}", soft_wrap=True)
 
 
-def failure(run: Run) -> tuple[str, str]:
-    """Why the newest submission of ``run`` failed, and a hint: the error of the first rank to fail."""
-    number = str(run.submissions[-1].number) if run.submissions else ""
-    attempt = next((a for a in reversed(run.attempts()) if a.name.partition("r")[0] == number), None)
-    logs = f"`orch logs {run.name}` has the rest"
-    if attempt is None:
-        return f"`{run.name}` ended before its job began{_last_words(run, number)}", logs
-    failures = run.failures(attempt.name)
-    silent = sorted(set(range(attempt.world)) - {f["rank"] for f in failures})
-    who = ", ".join(map(str, silent))
-    if not failures:
-        return f"`{run.name}` was killed at step {attempt.to_step}: no rank left a word", f"out of memory? {logs}"
-    first = failures[0]
-    message = f"`{run.name}` failed: rank {first['rank']}: {first['type']}: {first['message']}"
-    if silent:
-        message += f"\n(no word from rank {who}: killed, or ended with the others)"
-    return message, first["hint"] or f"{logs}, and `--rank {first['rank']}` that of this rank"
-
-
-def _last_words(run: Run, number: str) -> str:
-    """The last line that a rank, else the supervisor, wrote."""
-    for log in (*sorted((run.folder / "logs").glob(f"{number}-*.log")), run.folder / "logs" / "supervisor.log"):
-        lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-        words = [line for line in lines if line.strip()]
-        if words:
-            return f": {words[-1].strip()}"
-    return ""
-
-
-def _how_it_ended(run: Run, state: str) -> str:
-    if state == "failed":
-        return failure(run)[0].removeprefix(f"`{run.name}` ")
-    if state in ("done", "stopped"):
-        last = run.attempts()[-1]
-        return f"{last.cause} at step {last.to_step}" if last.to_step else str(last.cause)
-    return ""
+def experiments(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The keys of `orch list --json`: an experiment each, the one submitted last first."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        new: dict[str, Any] = {"experiment": run.experiment, "stages": [], "submitted_at": None}
+        entry = found.setdefault(run.experiment, new | {"folder": str(run.folder.parent)})
+        entry["stages"].append(run.stage)
+        if run.submissions:
+            entry["submitted_at"] = max(run.submissions[-1].submitted_at, entry["submitted_at"] or 0.0)
+    return sorted(found.values(), key=lambda e: -(e["submitted_at"] or 0.0))
 
 
 # The end of a run
@@ -220,11 +172,11 @@ def ends(runs: Sequence[Run]) -> bool:
     runs = [Run.load(run.folder) for run in runs]
     for run in runs:
         if run.state(alive=False) == "failed":
-            message, hint = failure(run)
+            message, hint = status.failure(run)
             console.print(f"[bold red]error:[/] {_escape(message)}")
             console.print(f"[bold cyan]hint:[/] {_escape(pasteable(hint))}")
     for run in runs:
-        row = status(run)
+        row = status.row(status.look([run])[0][0])
         style = STYLES.get(row["state"], "default")
         console.print(f"`{run.name}` is [{style}]{row['state']}[/]{_took(run.attempts())}")
         for line in _reached(run):
@@ -269,14 +221,6 @@ def _took(attempts: Sequence[Attempt]) -> str:
 # Words for numbers
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: `12 ms`, `3.4 s`, `5 min`, `2.1 h`, `40 days`."""
-    for unit, size, limit in (("ms", 1e-3, 1.0), ("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 172800.0)):
-        if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86400:,.0f} days"
-
-
 def _count(n: float) -> str:
     """A number of parameters: `124M`, `175B`."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -290,7 +234,7 @@ def _table(*columns: str) -> Any:
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, no_wrap=column != "last end", overflow="fold")
+        made.add_column(column, no_wrap=column not in ("note", "end"), overflow="fold")
     return made
 
 
@@ -303,21 +247,3 @@ def _escape(text: str) -> str:
 def experiment_json(experiment: Any) -> None:
     """Print an experiment as JSON."""
     as_json(dataclasses.asdict(experiment))
-
-
-def log_file(runs: Sequence[Run], attempt: str | None, rank: int) -> tuple[Run, Path]:
-    """The log of one rank: of the run that began last, and of its newest attempt unless told.
-
-    Raises:
-        LaunchError: there is none; the hint names those there are.
-    """
-    run = max(runs, key=lambda r: max((a.started_at for a in r.attempts()), default=0.0))
-    there = {f.stem: f for f in (run.folder / "logs").glob("[0-9]*-*.log")}
-    newest = max((stem.rpartition("-")[0] for stem in there), key=lambda n: [int(p) for p in n.split("r")], default="")
-    found = there.get(f"{attempt or newest}-{rank}")
-    if found is None:
-        names = ", ".join(f"`{stem}`" for stem in sorted(there))
-        which = f"of rank {rank} in attempt {attempt or newest}" if there else "yet"
-        hint = f"there are (attempt-rank): {names}" if there else f"`orch status {run.name}` says whether it has begun"
-        raise LaunchError(f"run `{run.name}` has no log {which}", hint=hint)
-    return run, found

@@ -256,8 +256,8 @@ def test_an_attempt_killed_before_its_first_step_has_no_time(folder):
     run.save_attempt(Attempt(name="2", job_id="", world=2, host="h", started_at=500.0))
     (run.folder / "heartbeat.json").write_text('{"attempt": "1", "step": 3, "steps": 10, "tokens": 8, "time": 103.0}')
     told = orch("status", "tiny/train").stdout
-    assert re.search(r"^1 .* 3 s +killed", told, flags=re.MULTILINE)
-    assert re.search(r"^2 .* - +killed", told, flags=re.MULTILINE)
+    assert re.search(r"^1 .* 3 s +h .* killed", told, flags=re.MULTILINE)
+    assert re.search(r"^2 .* - +h .* killed", told, flags=re.MULTILINE)
 
 
 def test_a_full_disk_or_foreign_folder_is_no_traceback(folder):
