@@ -1,6 +1,7 @@
 """The shipped configs: each composes, passes every check and fits; sizes and recipes are the papers'."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -111,12 +112,14 @@ def test_the_docs_list_every_field_with_its_default() -> None:
         if line.startswith("### "):
             rows = listed.setdefault(line.removeprefix("### ").strip("`"), [])
         elif line.startswith("| `"):
-            name, default = (cell.strip().strip("`") for cell in line.split("|")[1:3])
+            cells = re.split(r"(?<!\\)\|", line)[1:3]
+            name, default = (cell.strip().strip("`").replace("\\|", "|") for cell in cells)
             rows.append((name, default))
     assert listed == {
         "the file itself": fields(spec.Experiment),
         "model": fields(spec.ModelSpec),
         "data": fields(spec.DataSpec),
+        "data.chat": fields(spec.ChatSpec),
         "data.sources.<name>": fields(spec.SourceSpec),
         "cluster": fields(spec.ClusterSpec),
         "tracking": fields(spec.TrackingSpec),
@@ -133,5 +136,5 @@ def fields(cls: type) -> list[tuple[str, str]]:
     for f in dataclasses.fields(cls):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         absent = default is dataclasses.MISSING or dataclasses.is_dataclass(default)
-        found.append((f.name, "" if absent else show(default).strip("`")))
+        found.append((f.name, "" if absent else show(default).strip("`").replace("\n", "\\n")))
     return found

@@ -1,0 +1,159 @@
+"""Examples for tuning, from JSONL: demonstrations, ranked responses, prompts. One object a line.
+
+    {"prompt": ..., "response": "..."}              a demonstration, for `sft`
+    {"messages": [{"role": ..., "content": ...}]}   the same, of several turns
+    {"prompt": ..., "responses": ["best", ...]}     ranked, best first, for `reward` and `dpo`
+    {"prompt": ...}                                 for `ppo`; other keys are handed to a rule as they are
+
+A prompt is a text or a list of turns. A line that is not like that is an error with its number; what
+cannot be used, such as an empty response or a prompt without room for an answer, is counted and left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.data.chat import Chat, Encoded, turns_of
+from jobs.data.order import GOLDEN, key, mix_bits, permute
+from orchestrator.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """Responses to one prompt, best first, each with the prompt before it."""
+
+    responses: list[Encoded]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a policy is asked, and the line it came from."""
+
+    ids: list[int]
+    line: dict[str, Any]
+
+
+def demonstrations(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Encoded]:
+    """Conversations of at most ``longest`` tokens; longer ones are cut, which ``left_out`` counts too."""
+    found = []
+    for where, line in read(files):
+        try:
+            turns = turns_of(line["messages"]) if "messages" in line else [*turns_of(line["prompt"]), _answer(line)]
+        except (KeyError, ValueError) as e:
+            raise _malformed(where, line, e, "`prompt` and `response`, or `messages`") from e
+        encoded = _fit(chat.encode(turns), longest, left_out)
+        if encoded:
+            found.append(encoded)
+    return _some(found, files, left_out)
+
+
+def ranked(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Ranked]:
+    """Responses by rank. One that is equal to a better one, once encoded and cut, says nothing and is left out."""
+    found = []
+    for where, line in read(files):
+        try:
+            before, responses = turns_of(line["prompt"]), line["responses"]
+            if not isinstance(responses, list) or len(responses) < 2:
+                raise ValueError("`responses` must be a list of at least 2")
+            turns = [[*before, _answer({"response": r})] for r in responses]
+        except (KeyError, ValueError) as e:
+            raise _malformed(where, line, e, "`prompt` and `responses`") from e
+        encoded = [e for e in (_fit(chat.encode(t), longest, left_out) for t in turns) if e]
+        distinct = [e for i, e in enumerate(encoded) if e not in encoded[:i]]
+        left_out["equal responses"] += len(encoded) - len(distinct)
+        if len(distinct) > 1:
+            found.append(Ranked(responses=distinct))
+    return _some(found, files, left_out)
+
+
+def prompts(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Prompt]:
+    """Prompts of at most ``longest`` tokens."""
+    found = []
+    for where, line in read(files):
+        try:
+            ids = chat.prompt(turns_of(line["prompt"]))
+        except (KeyError, ValueError) as e:
+            raise _malformed(where, line, e, "`prompt`") from e
+        if len(ids) > longest:
+            left_out["prompts too long"] += 1
+        else:
+            found.append(Prompt(ids=ids, line=line))
+    return _some(found, files, left_out)
+
+
+def read(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line with its file and number. Raises DataError for one that is no JSON object."""
+    if not files:
+        raise DataError("no files of examples are named", hint="set the stage's `options.train`")
+    for name in files:
+        try:
+            with open(name, encoding="utf-8") as f:
+                for number, text in enumerate(f, 1):
+                    if not text.isspace():
+                        yield f"`{name}`, line {number}", _object(f"`{name}`, line {number}", text)
+        except OSError as e:
+            raise DataError(f"`{name}`: {e.strerror}", hint="is the path right, and readable from here?") from e
+        except UnicodeDecodeError as e:
+            raise DataError(f"`{name}`: not UTF-8 near byte {e.start:,}", hint="convert it, with `iconv`") from e
+
+
+def fingerprint(files: Sequence[str], chat: Chat, *what: object) -> str:
+    """A hash of the examples, of how they are encoded, and of ``what`` else decides the order of samples."""
+    digests = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files]
+    return hashlib.sha256(json.dumps([digests, chat.sha256, *what]).encode()).hexdigest()
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of [0, count): the order of ``epoch``."""
+    keys = np.repeat(mix_bits(key(seed, "examples") + np.array([epoch], np.uint64) * GOLDEN), count)
+    return permute(np.arange(count, dtype=np.uint64), count, keys).astype(np.int64)
+
+
+def _answer(line: dict[str, Any]) -> dict[str, str]:
+    response = line["response"]
+    if not isinstance(response, str):
+        raise ValueError(f"a response must be a text, not {type(response).__name__}")  # noqa: TRY004 a wrong line
+    return {"role": "assistant", "content": response}
+
+
+def _fit(encoded: Encoded, longest: int, left_out: Counter[str]) -> Encoded | None:
+    """``encoded``, cut to ``longest`` tokens; None where nothing is to be learned from it."""
+    if sum(encoded.learn) <= 1:  # the end token alone
+        left_out["empty responses"] += 1
+        return None
+    if len(encoded.ids) <= longest:
+        return encoded
+    cut = Encoded(ids=encoded.ids[:longest], learn=encoded.learn[:longest])
+    left_out["truncated" if any(cut.learn) else "prompts too long"] += 1
+    return cut if any(cut.learn) else None
+
+
+def _some(found: list[Any], files: Sequence[str], left_out: Counter[str]) -> list[Any]:
+    if not found:
+        why = ", ".join(f"{n} {what}" for what, n in left_out.items()) or "they are empty"
+        raise DataError(f"nothing to learn from in `{'`, `'.join(files)}`: {why}", hint="is `model.seq_len` too short?")
+    return found
+
+
+def _object(where: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise DataError(f"{where}: no JSON ({e})", hint="each line must be one JSON object; was it cut off?") from e
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: no object but {type(value).__name__}", hint="each line must be a JSON object")
+    return value
+
+
+def _malformed(where: str, line: dict[str, Any], error: Exception, wanted: str) -> DataError:
+    problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else str(error)
+    keys = ", ".join(f"`{k}`" for k in line) or "nothing"
+    return DataError(f"{where}: {problem}; there is {keys}", hint=f"a line here has {wanted}")
