@@ -105,6 +105,16 @@ class SourceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatSpec:
+    """How a conversation becomes text. The content of a turn stands where `{content}` does."""
+
+    system: str = "{content}\n\n"
+    user: str = "{content}"
+    assistant: str = "{content}"
+    end: str = "<|endoftext|>"  # the token behind each turn of the model
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Where the tokens come from. `prepare` fills ``folder``; the training stages read it."""
 
@@ -113,6 +123,7 @@ class DataSpec:
     tokenizer: str | None = None  # a tokenizer.json; None: train one of model.vocab tokens
     val_fraction: float = 0.05  # share of each text source that is held out
     seed: int = 1234  # of the sample order
+    chat: ChatSpec = field(default_factory=ChatSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,17 @@ class ClusterSpec:
     launcher: str = "slurm"  # a module of launch/
     checkpoint_gb_per_s: float = 10.0  # aggregate write rate of the shared file system
     usd_per_gpu_hour: float = 0.0
+    matmul_tflops: float | None = None  # the best bf16 product measured; None: 0.85 of the peak
+    memory_gb_per_s: float | None = None  # of the GPU's own memory; None: as much to the peak as an A100
+    link_gb_per_s: float | None = None  # from a GPU to the others of its node, one direction; None: NVLink 3
+    network_gb_per_s: float | None = None  # from a GPU to other nodes, one direction; None: 200 Gb/s
+    gpu_watts: float = 0.0  # of a busy GPU with its share of the node; 0: energy is not estimated
+    failures_per_node_day: float = 0.0038  # Llama 3, arXiv:2407.21783: 419 in 54 days on 2,048 nodes
+    restart_s: float = 600.0  # from an interruption to the first new step
+    queue_s: float = 0.0  # how long a job waits before it starts
+    storage_tb: float | None = None  # for checkpoints; None: not checked
+    step_factor: float = 1.0  # measured over planned time of a step: `orch plan --compare RUN --calibrate FILE`
+    memory_factor: float = 1.0  # the same of memory
     slurm: dict[str, Any] = field(default_factory=dict)
 
 
