@@ -24,6 +24,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from jobs.nn.cut import Cut
 from jobs.runtime import dist
 from orchestrator.errors import CheckpointError
 from orchestrator.run import write_atomic
@@ -39,20 +40,6 @@ INDEX = "pieces.json"
 FORMAT = 1
 GRAIN = 2**18  # elements below which replicas do not share the writing of a tensor
 Slot = Literal["weight", "exp_avg", "exp_avg_sq", "step"]  # of AdamW (arXiv:1711.05101); step is a tensor of one
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a tensor rank's tensor lies in the whole: each of ``parts`` is split evenly over ``count`` ranks.
-
-    ``parts`` are sizes in the whole along ``dim`` (0, or 1 of two): one for a plain split; for a fused
-    query, key and value their three widths, as every rank holds a share of each.
-    """
-
-    dim: int
-    parts: tuple[int, ...]
-    index: int
-    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +66,11 @@ class Extent(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one rank writes: elements ``start`` to ``stop`` of tensor share ``index``."""
+    """What one rank writes: elements ``start`` to ``stop`` of what tensor rank ``peer`` has of a tensor."""
 
     name: str
     slot: str
-    index: int
+    peer: int
     start: int
     stop: int
 
@@ -108,10 +95,10 @@ def save(folder: Path, engine: Engine, ranks: Ranks) -> None:
     shares = share_out(everyone)
     held: dict[tuple[str, str, int], list[Piece]] = defaultdict(list)
     for p in pieces:
-        held[p.name, p.slot, _index(p.cut)].append(p)
+        held[p.name, p.slot, _peer(p.cut)].append(p)
     arrays = {}
     for share in shares[ranks.rank]:
-        candidates = held[share.name, share.slot, share.index]
+        candidates = held[share.name, share.slot, share.peer]
         piece = next(p for p in candidates if p.start <= share.start and share.stop <= p.start + p.data.numel())
         array = _array(piece.data[share.start - piece.start : share.stop - piece.start])
         whole = piece.cut is None and share.stop - share.start == math.prod(piece.shape)
@@ -172,15 +159,15 @@ class Store:
     def read(self, wanted: Extent, into: np.ndarray) -> None:
         """Copy the elements of ``wanted`` into the flat array ``into``."""
         shape, cut, pieces = self._entry(wanted)
-        here = wanted.shape if wanted.cut is None else _whole(wanted.shape, wanted.cut)
+        here = wanted.shape if wanted.cut is None else wanted.cut.whole_shape(wanted.shape)
         if tuple(shape) != tuple(here):
             raise CheckpointError(
                 f"checkpoint `{self.folder}`: `{wanted.name}` has shape {tuple(shape)} there and {tuple(here)} here"
             )
         found = 0
-        for file, index, start, stop in pieces:
-            theirs = cut and Cut(dim=cut[0], parts=tuple(cut[1]), index=index, count=cut[2])
-            share = Share(wanted.name, wanted.slot, index, start, stop)
+        for file, peer, start, stop in pieces:
+            theirs = Cut(dim=cut[0], parts=tuple(cut[1]), index=peer, count=cut[2]) if cut else None
+            share = Share(wanted.name, wanted.slot, peer, start, stop)
             whole = theirs is None and stop - start == math.prod(shape)
             if theirs == wanted.cut:
                 found += self._read_range(file, share, wanted, into, whole)
@@ -218,8 +205,8 @@ class Store:
     ) -> int:
         """The part of ``share`` that is wanted, where it was cut otherwise."""
         found = 0
-        shape = wanted.shape if wanted.cut is None else _whole(wanted.shape, wanted.cut)
-        local = shape if cut is None else _local(shape, cut)
+        shape = wanted.shape if wanted.cut is None else wanted.cut.whole_shape(wanted.shape)
+        local = shape if cut is None else cut.local_shape(shape)
         for a in boxes(local, cut, share.start, share.stop):
             for b in boxes(wanted.shape, wanted.cut, wanted.start, wanted.stop):
                 row, rows = max(a.row, b.row), min(a.rows, b.rows)
@@ -262,7 +249,7 @@ def share_out(everyone: Sequence[Sequence[Extent]]) -> list[list[Share]]:
     held: dict[tuple[str, str, int], list[tuple[int, int, int]]] = defaultdict(list)
     for rank, extents in enumerate(everyone):
         for e in extents:
-            held[e.name, e.slot, _index(e.cut)].append((e.start, e.stop, rank))
+            held[e.name, e.slot, _peer(e.cut)].append((e.start, e.stop, rank))
     shares: list[list[Share]] = [[] for _ in everyone]
     work = [0] * len(everyone)
     for key, holders in held.items():
@@ -302,9 +289,9 @@ def _sections(cut: Cut | None, dim: int, size: int) -> Iterable[tuple[int, int, 
     """Runs of a local tensor along ``dim``: from, to, and how far each is shifted in the whole."""
     if cut is None or cut.dim != dim:
         return [(0, size, 0)]
-    widths = [part // cut.count for part in cut.parts]
-    local, whole = [0, *accumulate(widths)], [0, *accumulate(cut.parts)]
-    return [(at, at + w, there + cut.index * w - at) for at, there, w in zip(local, whole, widths, strict=False)]
+    spans = cut.spans()
+    marks = accumulate((stop - start for start, stop in spans), initial=0)
+    return [(at, to, start - at) for (at, to), (start, _) in zip(pairwise(marks), spans, strict=True)]
 
 
 def _index_of(everyone: Sequence[Sequence[Extent]], shares: Sequence[Sequence[Share]]) -> dict[str, Any]:
@@ -314,20 +301,18 @@ def _index_of(everyone: Sequence[Sequence[Extent]], shares: Sequence[Sequence[Sh
         for e in extents:
             if e.slot == "weight":
                 cut = e.cut and [e.cut.dim, e.cut.parts, e.cut.count]
-                shape = e.shape if e.cut is None else _whole(e.shape, e.cut)
+                shape = e.shape if e.cut is None else e.cut.whole_shape(e.shape)
                 tensors.setdefault(e.name, {"shape": shape, "cut": cut, "pieces": {}})
     for file, mine in enumerate(shares):
         for share in mine:
             pieces = tensors[share.name]["pieces"].setdefault(share.slot, [])
-            pieces.append([file, share.index, share.start, share.stop])
+            pieces.append([file, share.peer, share.start, share.stop])
     files = [_file(rank, len(shares)) for rank in range(len(shares))]
     return {"format": FORMAT, "files": files, "tensors": tensors}
 
 
 def _extent(piece: Piece) -> Extent:
-    return Extent(
-        piece.name, piece.slot, tuple(piece.shape), piece.cut, piece.start, piece.start + piece.data.numel()
-    )
+    return Extent(piece.name, piece.slot, tuple(piece.shape), piece.cut, piece.start, piece.start + piece.data.numel())
 
 
 def _file(rank: int, world: int) -> str:
@@ -337,19 +322,11 @@ def _file(rank: int, world: int) -> str:
 def _key(share: Share, *, whole: bool) -> str:
     """Name in a file: the parameter's, after the slot unless that is its weight, and before where it starts."""
     name = share.name if share.slot == "weight" else f"{share.slot}/{share.name}"
-    return name if whole else f"{name}@{share.index}.{share.start}"
+    return name if whole else f"{name}@{share.peer}.{share.start}"
 
 
-def _index(cut: Cut | None) -> int:
+def _peer(cut: Cut | None) -> int:
     return cut.index if cut else 0
-
-
-def _whole(shape: Sequence[int], cut: Cut) -> tuple[int, ...]:
-    return tuple(n * cut.count if dim == cut.dim else n for dim, n in enumerate(shape))
-
-
-def _local(shape: Sequence[int], cut: Cut) -> tuple[int, ...]:
-    return tuple(n // cut.count if dim == cut.dim else n for dim, n in enumerate(shape))
 
 
 def _array(data: torch.Tensor) -> np.ndarray:
