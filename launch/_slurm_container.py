@@ -5,7 +5,7 @@ Options: pyxis `args.c` (github.com/NVIDIA/pyxis, 0.21), `man apptainer-exec` (1
 """
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -45,22 +45,27 @@ def check(container: Container) -> None:
         raise ConfigError(f"`cluster.slurm.container.image` is `{image}`, which is no image", hint="a path or a name")
 
 
+def folders(run: Run, data: DataSpec) -> list[str]:
+    """What a job touches: the runs folder, the data's, and those of the files it is made from; none inside another."""
+    files = [p for source in data.sources.values() for p in (*source.text, *source.shards, *source.val_shards)]
+    files = [_fixed(p) for p in (*files, *([data.tokenizer] if data.tokenizer else [])) if not p.startswith(BUILTIN)]
+    found = {str(run.root), data.folder, *(str(PurePosixPath(p).parent) for p in files)}
+    return [f for f in sorted(found) if not any(Path(f).is_relative_to(g) for g in found if f != g)]
+
+
 def mounts(container: Container, run: Run, data: DataSpec) -> list[str]:
-    """All mounts, `here:there[:flags]`: the runs folder, what the stage reads and writes, and the user's.
+    """All mounts, `here:there[:flags]`: what the job touches, and the user's.
 
     Raises:
         ConfigError: a folder has `:` or `,` in its name, by which the runtimes split.
     """
-    files = [p for source in data.sources.values() for p in (*source.text, *source.shards, *source.val_shards)]
-    files = [_fixed(p) for p in (*files, *([data.tokenizer] if data.tokenizer else [])) if not p.startswith(BUILTIN)]
-    folders = {str(run.root), data.folder, *(str(PurePosixPath(p).parent) for p in files)}
-    for folder in folders:
+    touched = folders(run, data)
+    for folder in touched:
         if {":", ","} & set(folder):
             raise ConfigError(
                 f"`{folder}` cannot be mounted into a container: `:` and `,` separate mounts", hint="rename the folder"
             )
-    outer = [f for f in sorted(folders) if not any(Path(f).is_relative_to(g) for g in folders if g != f)]
-    return [f"{folder}:{folder}" for folder in outer] + [m if ":" in m else f"{m}:{m}" for m in container.mounts]
+    return [f"{f}:{f}" for f in touched] + [m if ":" in m else f"{m}:{m}" for m in container.mounts]
 
 
 def srun_options(container: Container, run: Run, data: DataSpec, environment: Iterable[str]) -> list[str]:
@@ -90,11 +95,6 @@ def interpreter(container: Container, run: Run, data: DataSpec, python: str, *, 
 def preparation(container: Container, data: DataSpec) -> list[str]:
     """Lines of bash before srun: a folder must be there to be mounted."""
     return [f"mkdir -p {shlex.quote(data.folder)}"] if container.image is not None else []
-
-
-def carried(environment: Mapping[str, str]) -> list[str]:
-    """Names of the variables that must reach a container whatever its image says."""
-    return ["PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", *environment]
 
 
 def _fixed(path: str) -> str:

@@ -128,9 +128,7 @@ def parameters(run: Run, experiment: Experiment, base: Mapping[str, str]) -> dic
         # From Slurm 22.05 on srun does not take over --cpus-per-task, nor, after --export=NIL, the script's variables.
         "srun_args": [
             *("--kill-on-bad-exit=1", "--export=ALL", "--open-mode=append"),
-            *images.srun_options(
-                chosen.container, run, experiment.data, images.carried(cpus_of(cpus) | chosen.environment)
-            ),
+            *images.srun_options(chosen.container, run, experiment.data, carried(cpus, chosen)),
         ],
         "setup": [
             *_setup(run, chosen, cpus, base),
@@ -148,7 +146,8 @@ def parameters(run: Run, experiment: Experiment, base: Mapping[str, str]) -> dic
 def _setup(run: Run, chosen: Options, cpus: int | None, base: Mapping[str, str]) -> list[str]:
     """Lines of bash before srun; the run's own copy of the code comes before any other, `setup`'s included."""
     variables = {name: base[name] for name in CARRIED if name in base} | {"PYTHONUNBUFFERED": "1"}
-    variables |= cpus_of(cpus)
+    if cpus:
+        variables |= {"SRUN_CPUS_PER_TASK": str(cpus), "OMP_NUM_THREADS": str(cpus)}
     return [
         *(f"export {name}={shlex.quote(value)}" for name, value in (variables | chosen.environment).items()),
         *chosen.setup,
@@ -156,6 +155,6 @@ def _setup(run: Run, chosen: Options, cpus: int | None, base: Mapping[str, str])
     ]
 
 
-def cpus_of(cpus: int | None) -> dict[str, str]:
-    """The variables that tell srun, and the ranks' libraries, of their CPUs."""
-    return {"SRUN_CPUS_PER_TASK": str(cpus), "OMP_NUM_THREADS": str(cpus)} if cpus else {}
+def carried(cpus: int | None, chosen: Options) -> list[str]:
+    """Names of the variables that must reach a container whatever its image says."""
+    return ["PYTHONPATH", "PYTHONSAFEPATH", *(["OMP_NUM_THREADS"] if cpus else []), *chosen.environment]

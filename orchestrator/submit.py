@@ -19,13 +19,18 @@ from orchestrator import inputs
 from orchestrator.compose import Composed
 from orchestrator.errors import ConfigError, LaunchError, TrackingError
 from orchestrator.plan import Estimate, plan
+from orchestrator.preflight import REHEARSALS
 from orchestrator.registry import did_you_mean, find
-from orchestrator.run import Run, State, write_atomic, write_json
+from orchestrator.run import Run, State, list_runs, write_atomic, write_json
 from orchestrator.spec import Experiment
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("orchestrator", "jobs", "launch")  # what a run's `code/` holds
+WHERE_ONLY = (  # keys of the cluster that say how jobs reach it and what they cost, not what they compute
+    "launcher", "slurm", "usd_per_gpu_hour", "matmul_tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s",
+    "gpu_watts", "failures_per_node_day", "restart_s", "queue_s", "storage_tb", "step_factor", "memory_factor",
+)  # fmt: skip
 
 
 def submit(
@@ -36,11 +41,14 @@ def submit(
     launcher: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    preflight: bool = False,
+    rehearse: bool = False,
 ) -> list[Run]:
     """Queue ``stages`` of an experiment, or all of them, below the runs folder ``root``; return what was queued.
 
     Submitting again goes on where the experiment stands: a stage that is done is passed over, one that
-    stopped or failed is resumed. With ``dry_run`` the folders are written and nothing is queued.
+    stopped or failed is resumed. With ``dry_run`` the folders are written and nothing is queued; with
+    ``preflight`` a job before them looks at the nodes; with ``rehearse`` nothing trains, and the folders lie apart.
 
     Raises:
         PlanError: a stage cannot run or does not fit; ``force`` lets pass what does not fit.
@@ -53,6 +61,13 @@ def submit(
     names = [n for n in chain if n in select(experiment, stages)]
     estimates = {e.to_json()["stage"]: e for e in plan(experiment, stages=names, force=force)}
     through = launcher_of(launcher or experiment.cluster.launcher)
+    extras = {name: True for name, asked in (("preflight", preflight), ("rehearse", rehearse)) if asked}
+    if extras and not getattr(through, "LOOKS_AHEAD", False):
+        asked = " and ".join(f"`--{name}`" for name in extras)
+        raise LaunchError(f"{asked}: this launcher starts no job ahead", hint="on a cluster: `--launcher slurm`")
+    if rehearse:
+        root = root / REHEARSALS
+        _clear([run for run in list_runs(root) if run.experiment == experiment.name])
     runs = [_run(root, experiment, name, chain.index(name) + 1) for name in names]
     pending = _unfinished(runs, experiment)
     for run in pending:
@@ -67,8 +82,10 @@ def submit(
         for run in pending:
             if not _begun(run):
                 _write(run, experiment, estimates.get(run.stage))
-        if pending and not dry_run:
-            _launch(pending, through, experiment.tracking.uri)
+        if rehearse and not dry_run:
+            through.submit(pending, **extras)
+        elif pending and not dry_run:
+            _launch(pending, through, experiment.tracking.uri, **extras)
     return pending
 
 
@@ -189,6 +206,14 @@ def _unfinished(runs: Sequence[Run], experiment: Experiment, *, say: bool = True
     return [run for run in runs if run.name not in done]
 
 
+def _clear(runs: Sequence[Run]) -> None:
+    """Remove rehearsals that are over. Raises LaunchError if one is not."""
+    for run in runs:
+        _refuse_alive(run)
+    for run in runs:
+        shutil.rmtree(run.folder)
+
+
 def _begun(run: Run) -> bool:
     """Whether the run was ever handed on. If not, its folder may be rewritten: nothing depends on it."""
     return bool(run.submissions) or (run.folder / "tracking.json").exists()
@@ -243,7 +268,7 @@ def _what_counts(experiment: Experiment, stage: str) -> dict[str, Any]:
 
     whole = dataclasses.asdict(experiment)
     whole["stages"] = {stage: whole["stages"].get(stage)}
-    for key in ("launcher", "slurm", "usd_per_gpu_hour"):
+    for key in WHERE_ONLY:
         del whole["cluster"][key]
     return dict(flat(whole))
 
@@ -293,7 +318,7 @@ def _copy_code(target: Path) -> None:
             shutil.copyfile(file, copy)
 
 
-def _launch(runs: Sequence[Run], through: Launcher, uri: str | None) -> None:
+def _launch(runs: Sequence[Run], through: Launcher, uri: str | None, **extras: bool) -> None:
     """Open the MLflow runs, if MLflow is there, and hand over to the launcher."""
     from orchestrator import track
 
@@ -301,4 +326,4 @@ def _launch(runs: Sequence[Run], through: Launcher, uri: str | None) -> None:
         track.open_runs(list(runs), uri)
     except TrackingError as e:
         log.warning("%s; training goes on, and `orch sync` sends its metrics later", e)
-    through.submit(runs)
+    through.submit(runs, **extras)

@@ -31,20 +31,20 @@ class Ranks:
     local_world: int = 1
 
     @classmethod
-    def from_env(cls) -> Ranks:
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Ranks:
         """Read what submitit's local executor, Slurm or torchrun left in the environment."""
         for rank, world, local_rank, local_world in (
             ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
             ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS"),
             ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
         ):
-            if rank in os.environ:
-                n = int(os.environ[world])
+            if rank in environ:
+                n = int(environ[world])
                 return cls(
-                    rank=int(os.environ[rank]),
+                    rank=int(environ[rank]),
                     world=n,
-                    local_rank=int(os.environ[local_rank]),
-                    local_world=int(os.environ.get(local_world, n)),
+                    local_rank=int(environ[local_rank]),
+                    local_world=int(environ.get(local_world, n)),
                 )
         return cls()
 
