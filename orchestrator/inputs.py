@@ -29,8 +29,12 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
         )
         for name, source in data.sources.items()
     }
+    examples = {
+        name: dataclasses.replace(e, train=[here(p) for p in e.train], val=[here(p) for p in e.val])
+        for name, e in data.examples.items()
+    }
     tokenizer = here(data.tokenizer) if data.tokenizer else None
-    data = dataclasses.replace(data, folder=here(data.folder), tokenizer=tokenizer, sources=sources)
+    data = dataclasses.replace(data, folder=here(data.folder), tokenizer=tokenizer, sources=sources, examples=examples)
     return dataclasses.replace(experiment, data=data)
 
 

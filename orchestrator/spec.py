@@ -105,6 +105,17 @@ class SourceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExamplesSpec:
+    """Examples for tuning, in JSONL (docs/tuning.md), or `builtin:functions-train` and `builtin:functions-val`.
+
+    Where no files are named, a stage of the experiment makes them: ``<folder>/<name>-train.jsonl`` and -val.
+    """
+
+    train: list[str] = field(default_factory=list)
+    val: list[str] = field(default_factory=list)  # held out
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatSpec:
     """How a conversation becomes text. The content of a turn stands where `{content}` does."""
 
@@ -124,6 +135,7 @@ class DataSpec:
     val_fraction: float = 0.05  # share of each text source that is held out
     seed: int = 1234  # of the sample order
     chat: ChatSpec = field(default_factory=ChatSpec)
+    examples: dict[str, ExamplesSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from jobs.data.bpe import file_sha256
 from jobs.data.chat import Chat, Encoded, turns_of
+from jobs.data.functions import Split, functions
 from jobs.data.order import GOLDEN, key, mix_bits, permute
 from orchestrator.errors import DataError
+from orchestrator.registry import did_you_mean
+from orchestrator.spec import DataSpec
+
+BUILTIN = "builtin:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +97,10 @@ def prompts(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter
 
 def read(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line with its file and number. Raises DataError for one that is no JSON object."""
-    if not files:
-        raise DataError("no files of examples are named", hint="set the stage's `options.train`")
     for name in files:
+        if name.startswith(BUILTIN):
+            yield from _builtin(name)
+            continue
         try:
             with open(name, encoding="utf-8") as f:
                 for number, text in enumerate(f, 1):
@@ -105,9 +112,17 @@ def read(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"`{name}`: not UTF-8 near byte {e.start:,}", hint="convert it, with `iconv`") from e
 
 
+def files_of(data: DataSpec, name: str, split: Split) -> list[str]:
+    """The files of the examples ``name``. Raises DataError where the experiment has none of that name."""
+    if name not in data.examples:
+        raise DataError(f"no examples `{name}` in `data.examples`", hint=did_you_mean(name, [*data.examples]))
+    given = data.examples[name].train if split == "train" else data.examples[name].val
+    return given or [str(Path(data.folder) / f"{name}-{split}.jsonl")]
+
+
 def fingerprint(files: Sequence[str], chat: Chat, *what: object) -> str:
     """A hash of the examples, of how they are encoded, and of ``what`` else decides the order of samples."""
-    digests = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files]
+    digests = [_digest(f) for f in files]
     return hashlib.sha256(json.dumps([digests, chat.sha256, *what]).encode()).hexdigest()
 
 
@@ -115,6 +130,20 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of [0, count): the order of ``epoch``."""
     keys = np.repeat(mix_bits(key(seed, "examples") + np.array([epoch], np.uint64) * GOLDEN), count)
     return permute(np.arange(count, dtype=np.uint64), count, keys).astype(np.int64)
+
+
+def _digest(file: str) -> str:
+    if file.startswith(BUILTIN):
+        return hashlib.sha256(json.dumps([line for _, line in _builtin(file)]).encode()).hexdigest()
+    return file_sha256(Path(file))
+
+
+def _builtin(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    splits: dict[str, Split] = {f"{BUILTIN}functions-{split}": split for split in get_args(Split)}
+    if name not in splits:
+        raise DataError(f"no examples `{name}`", hint=did_you_mean(name, [*splits]))
+    for number, line in enumerate(functions(splits[name]), 1):
+        yield f"`{name}`, line {number}", dict(line)
 
 
 def _answer(line: dict[str, Any]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 NOT_CODE = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
 HELD_OUT = 10  # one file in so many
+LINES = 30  # of the longest function
 DOC_CHARS = 60  # of a docstring's first line
 ENOUGH = 16  # words a response should have: without that, the shortest that parses wins (measured: `self.get()`)
 NAMES = frozenset(dir(builtins))
@@ -79,6 +80,8 @@ def _pairs(file: Path) -> Iterator[tuple[str, str]]:
         return
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+            continue
+        if (node.end_lineno or node.lineno) - node.lineno >= LINES:
             continue
         doc = ast.get_docstring(node)
         body = node.body[1:] if doc is not None else node.body

@@ -5,6 +5,7 @@ section 3.1), so that big files are read in parallel and the list does not depen
 of a `.jsonl` file is a document; any other file is one, or several if it is bigger than a part. Files
 ending in `.gz` are read from end to end.
 
+`builtin:functions` are the functions of jobs/data/functions.py whose files are not held out, a document for each.
 `builtin:python` is text that every machine has: the standard library of this Python without its tests, a
 document for each module, and the language reference that `help()` shows, a document for each topic.
 """
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from jobs.data import functions
 from orchestrator.errors import DataError
 from orchestrator.registry import did_you_mean
 from orchestrator.spec import SourceSpec
 
 PART = 2 << 20  # bytes
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")
+BUILTIN = ["builtin:python", "builtin:functions"]
 NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 
 
@@ -35,7 +38,7 @@ class Part:
     path: str
     start: int  # bytes; the part holds the lines that begin in [start, stop)
     stop: int
-    kind: Literal["text", "jsonl", "topics"]
+    kind: Literal["text", "jsonl", "topics", "functions"]
     text_key: str = "text"
 
     @property
@@ -64,6 +67,9 @@ def read(part: Part) -> Iterator[str]:
     if part.kind == "topics":
         topics = importlib.import_module("pydoc_data.topics").topics
         yield from (topics[key] for key in sorted(topics))
+        return
+    if part.kind == "functions":
+        yield from (f["prompt"] + f["response"] for f in functions.functions("train"))
         return
     try:
         packed = part.path.endswith(".gz")
@@ -97,8 +103,11 @@ def _files(name: str, entry: str) -> list[Path]:
 
 
 def _builtin(name: str, entry: str) -> list[Part]:
-    if entry != "builtin:python":
-        raise DataError(f"source `{name}`: no text `{entry}`", hint=did_you_mean(entry, ["builtin:python"]))
+    if entry not in BUILTIN:
+        raise DataError(f"source `{name}`: no text `{entry}`", hint=did_you_mean(entry, BUILTIN))
+    if entry == "builtin:functions":
+        size = sum(len(f["prompt"] + f["response"]) for f in functions.functions("train"))
+        return [Part(path=str(functions.__file__), start=0, stop=size, kind="functions")]
     root = Path(sysconfig.get_path("stdlib"))
     modules = [f for f in root.rglob("*.py") if not NOT_TEXT.intersection(f.relative_to(root).parts)]
     topics = root / "pydoc_data" / "topics.py"

@@ -119,6 +119,7 @@ def test_the_docs_list_every_field_with_its_default() -> None:
         "the file itself": fields(spec.Experiment),
         "model": fields(spec.ModelSpec),
         "data": fields(spec.DataSpec),
+        "data.examples.<name>": fields(spec.ExamplesSpec),
         "data.chat": fields(spec.ChatSpec),
         "data.sources.<name>": fields(spec.SourceSpec),
         "cluster": fields(spec.ClusterSpec),

@@ -15,10 +15,10 @@ def test_the_examples_are_the_librarys_own():
     train, val = functions("train"), functions("val")
     assert len(train) > 8 * len(val) > 2000
     assert {e["path"] for e in train}.isdisjoint({e["path"] for e in val})
-    example = next(e for e in train + val if e["prompt"].startswith("def dedent(text)"))
-    assert "Remove any common leading whitespace" in example["prompt"]
+    example = next(e for e in train + val if e["prompt"].startswith("def shorten(text, width"))
+    assert "Collapse and truncate the given text" in example["prompt"]
     whole = ast.parse(example["prompt"] + example["response"]).body[0]
-    original = ast.parse(inspect.getsource(textwrap.dedent)).body[0]
+    original = ast.parse(inspect.getsource(textwrap.shorten)).body[0]
     assert [ast.unparse(s) for s in whole.body[1:]] == [ast.unparse(s) for s in original.body[1:]]
 
 
