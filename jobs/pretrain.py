@@ -11,6 +11,8 @@ from orchestrator import registry
 if TYPE_CHECKING:
     import torch
 
+    from jobs.nn.parallel import TensorGroup
+
 PER_GPU = True
 
 
@@ -23,8 +25,6 @@ class Options:
 
 def run(job: Job) -> dict[str, float]:
     """Train the experiment's model on its data."""
-    import torch
-
     from jobs.data.packed import PackedDataset
     from jobs.nn.gpt import GPT
     from jobs.runtime import dist, loop
@@ -33,12 +33,15 @@ def run(job: Job) -> dict[str, float]:
     train = PackedDataset.open(data, seq_len=model.seq_len, split="train", vocab=model.vocab)
     held_out = PackedDataset.open(data, seq_len=model.seq_len, split="val", vocab=model.vocab)
 
-    def make() -> torch.nn.Module:
-        return GPT(model, recompute=stage.parallel.recompute)
+    def make(tensor: TensorGroup | None = None) -> torch.nn.Module:
+        return GPT(model, recompute=stage.parallel.recompute, tensor=tensor)
 
+    job.reached("imports")
     dist.start(job.ranks, job.rendezvous)
-    torch.manual_seed(stage.seed * 100_003 + job.ranks.rank)  # dropout differs by rank
+    job.reached("ranks")
+    dist.seed(stage.seed, job.ranks, stage.parallel)
     engine = registry.find("jobs.engines", stage.engine).build(make, stage, job.ranks, mean_loss)
+    job.reached("engine")
     loop.train(job, engine, train, held_out, final_eval_samples=job.options.final_eval_samples)
     return {}
 

@@ -2,12 +2,17 @@
 
 An engine module can be imported without torch: heavy imports stand inside ``build``.
 
-    build(make: Callable[[], nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> Engine
+    build(make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> Engine
 
-``make`` builds the model; the engine calls it where parameters take no memory (on `meta`, under `zero.Init`),
-shards it, and only then draws the weights with ``init_weights(module, stage.seed)``: no rank ever holds more
-than its share. ``module(tokens, targets)`` returns the negative log-likelihood
-of each target token, (B, T) in fp32; ``module(tokens)`` returns logits (B, T, V).
+``make()`` builds the whole model, ``make(tensor_group)`` what one tensor rank holds of it. The engine calls it where
+parameters take no memory (on `meta`, under `zero.Init`), shards it, and only then draws the weights with
+``init_weights(module, stage.seed)``: no rank ever holds more than its share. ``module(tokens, targets)`` returns the
+negative log-likelihood of each target token, (B, T) in fp32; ``module(tokens)`` returns logits (B, T, V).
+
+Parameters keep the model's own names in every layout: ``dict(engine.module.named_parameters())``, less those that
+are on `meta`, which other pipeline ranks hold. ``parameter.cut`` (jobs.nn.parallel.Cut), where there is one, says which
+slice of the whole tensor this tensor rank holds; the rest is whole on all tensor ranks. A tied table is on the first
+and the last pipeline rank, where its ``ds_pipe_replicated`` is true. What the data ranks share is the engine's own.
 """
 
 from __future__ import annotations
@@ -15,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from jobs.runtime.pieces import Piece
 
     Batch = dict[str, torch.Tensor]  # tokens (B, T) and targets (B, T), int64, on the CPU
+    Make = Callable[..., torch.nn.Module]  # of no argument, or of a jobs.nn.parallel.TensorGroup
     LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]  # (nll (B, T), batch) -> scalar
 
 
@@ -58,12 +63,4 @@ class Engine(Protocol):
 
     def filled(self) -> None:
         """Bring in line what is made of the pieces (bf16 copies, gathered weights): they have just been replaced."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """``pieces.save``."""
-        ...
-
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """``pieces.load``."""
         ...

@@ -6,13 +6,12 @@ bf16 copies and reduces gradients in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.engines import StepResult
-from jobs.runtime import dist, pieces
+from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.pieces import Piece, Slot
 from orchestrator.spec import Limits, Refusal, StageSpec
@@ -20,7 +19,7 @@ from orchestrator.spec import Limits, Refusal, StageSpec
 if TYPE_CHECKING:
     import torch
 
-    from jobs.engines import Batch, LossFn
+    from jobs.engines import Batch, LossFn, Make
 
 LIMITS = Limits(
     refused=(
@@ -31,47 +30,55 @@ LIMITS = Limits(
             instead="`offload: none`, or `engine: deepspeed`",
         ),
         Refusal(
-            when={"tensor": (True,)},
-            why="it does not split tensors yet",
-            instead="`tensor: 1`, with `zero: 3` to spread the weights",
+            when={"tensor": (True,), "compile": (True,)},
+            why="torch.compile has not been shown to keep collectives and dropout inside a block in order",
+            instead="`compile: false`",
         ),
         Refusal(
             when={"pipeline": (True,)},
             why="it has no pipeline",
             instead="`pipeline: 1`, with `zero: 3` to spread the weights",
         ),
-        Refusal(when={"sequence": (True,)}, why="sequence parallel needs tensor ranks", instead="`sequence: false`"),
+        Refusal(
+            when={"sequence": (True,), "tensor": (False,)},
+            why="sequence parallel cuts over tensor ranks",
+            instead="`sequence: false`, or `tensor: 2` and more",
+        ),
         Refusal(when={"interleave": (True,)}, why="it has no pipeline", instead="`interleave: 1`"),
     )
 )
 
 
-def build(make: Callable[[], torch.nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> TorchEngine:
-    """The model of ``make`` on every rank, whole (ZeRO-0) or sharded, with its optimizer. Collective."""
+def build(make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> TorchEngine:
+    """The model of ``make`` on every data rank, whole (ZeRO-0) or sharded, with its optimizer. Collective."""
     return TorchEngine(make, stage, ranks, loss_fn)
 
 
 class TorchEngine:
     """DDP or FSDP2 behind the engine protocol."""
 
-    def __init__(self, make: Callable[[], torch.nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
+    def __init__(self, make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
         import torch
 
         from jobs.nn.gpt import decay_groups, init_weights
+        from jobs.nn.parallel import mark_counted
 
-        self.stage, self.ranks, self.loss_fn = stage, ranks, loss_fn
+        self.make, self.stage, self.ranks, self.loss_fn = make, stage, ranks, loss_fn
         self.device = dist.start(ranks)
         self.sharded = stage.parallel.zero > 0
+        self.tensor = dist.tensor_group(ranks, stage.parallel)
+        data = dist.group(ranks, stage.parallel, "data") if self.tensor else None
         with torch.device("meta"):
-            module: Any = make()
+            module: Any = make(self.tensor) if self.tensor else make()
         self.module = module
         if stage.compile:
             self.module.compile_blocks()
         if self.sharded:
-            _shard(self.module, stage, ranks, self.device)
+            _shard(self.module, stage, ranks, self.device, data)
         self.module.to_empty(device=self.device)
         init_weights(self.module, stage.seed)
-        self.replica: Any = _replicate(self.module, ranks, self.device) if not self.sharded else self.module
+        mark_counted(self.module.parameters(), self.tensor)
+        self.replica: Any = self.module if self.sharded else _replicate(self.module, ranks, self.device, data)
         o = stage.optimizer
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.module, o.weight_decay), lr=o.lr, betas=o.betas, eps=o.eps, fused=True
@@ -91,12 +98,23 @@ class TorchEngine:
                 part = self._loss(batch) / len(batches)
                 part.backward()
             loss += part.detach()
-        parameters = list(self.module.parameters())
-        clip = self.stage.optimizer.clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+        norm = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss=loss.item(), grad_norm=_whole(norm).item())
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients, and return their norm before."""
+        from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
+
+        from jobs.nn.parallel import grad_norm
+
+        parameters, clip = list(self.module.parameters()), self.stage.optimizer.clip or float("inf")
+        if self.tensor is None:
+            return clip_grad_norm_(parameters, clip, foreach=True)
+        norm = grad_norm(parameters, self.tensor.group, whole=_whole)
+        clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+        return norm
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Negative log-likelihoods (B, T) of this rank's batch, fp32, without gradients."""
@@ -114,11 +132,13 @@ class TorchEngine:
 
     @contextmanager
     def gathered(self) -> Iterator[torch.nn.Module]:
-        """The whole module on every rank."""
+        """The whole module on every rank; under tensor parallel a copy."""
+        from jobs.nn.parallel import whole_copy
+
         for m in self._fsdp_modules():
             m.unshard()
         try:
-            yield self.module
+            yield whole_copy(self.module, self.make, self.tensor) if self.tensor else self.module
         finally:
             self._reshard()
 
@@ -126,9 +146,10 @@ class TorchEngine:
         """Whole tensors (DDP), or rows of them (FSDP2)."""
         found: list[Piece] = []
         for name, p in self.module.named_parameters():
-            cut, rows = getattr(p, "cut", None), _rows(p)
-            local = tuple(p.shape)
-            start = rows[0] * (p.numel() // max(p.shape[0], 1))
+            if p.is_meta:  # another pipeline rank's
+                continue
+            cut, local = getattr(p, "cut", None), tuple(p.shape)
+            start = _first_row(p) * (p.numel() // p.shape[0])
             state = self.optimizer.state[p]
             tensors: dict[Slot, Any] = {"weight": p, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
             for slot, value in tensors.items():
@@ -140,14 +161,6 @@ class TorchEngine:
     def filled(self) -> None:
         """FSDP2 gathers anew before the next forward pass; DDP's weights are what was filled."""
         self._reshard()
-
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of weights and optimizer state into ``folder``."""
-        pieces.save(folder, self, self.ranks)
-
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Read what any engine wrote."""
-        pieces.load(folder, self, weights_only=weights_only)
 
     def _fsdp_modules(self) -> list[Any]:
         """The modules that FSDP2 gathers and shards; none under DDP."""
@@ -178,7 +191,7 @@ class TorchEngine:
 
     def _accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         """Under DDP, leave gradients unreduced until the last micro-batch."""
-        wait = not last and not self.sharded and self.ranks.world > 1
+        wait = not last and self.replica is not self.module  # DDP
         return self.replica.no_sync() if wait else nullcontext()
 
     def _fill_optimizer(self) -> None:
@@ -194,13 +207,16 @@ class TorchEngine:
                 }
 
 
-def _shard(module: Any, stage: StageSpec, ranks: Ranks, device: torch.device) -> None:
-    """FSDP2 over all ranks, a block at a time; ZeRO-2 keeps the weights gathered until the backward pass is done."""
+def _shard(module: Any, stage: StageSpec, ranks: Ranks, device: torch.device, data: Any) -> None:
+    """FSDP2 over the group ``data`` (None: all ranks), a block at a time.
+
+    ZeRO-2 keeps the weights gathered until the backward pass is done.
+    """
     import torch
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (ranks.world,))
+    mesh = DeviceMesh.from_group(data, device.type) if data else init_device_mesh(device.type, (ranks.world,))
     low = torch.bfloat16 if stage.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     reshard = stage.parallel.zero == 3
@@ -209,14 +225,14 @@ def _shard(module: Any, stage: StageSpec, ranks: Ranks, device: torch.device) ->
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 
-def _replicate(module: Any, ranks: Ranks, device: torch.device) -> Any:
-    """DDP, where there is more than one rank."""
+def _replicate(module: Any, ranks: Ranks, device: torch.device, data: Any) -> Any:
+    """DDP over the group ``data`` (None: all ranks), where there is more than one rank in it."""
     from torch.nn.parallel import DistributedDataParallel
 
-    if ranks.world == 1:
+    if (data.size() if data else ranks.world) == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, device_ids=ids, process_group=data, gradient_as_bucket_view=True)
 
 
 def _plain(name: str) -> str:
@@ -233,11 +249,11 @@ def _whole(t: Any) -> torch.Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def _rows(t: Any) -> tuple[int, int]:
-    """Which rows of the whole tensor this rank holds."""
+def _first_row(t: Any) -> int:
+    """The first row of the tensor that this rank holds."""
     if not hasattr(t, "to_local"):
-        return 0, t.shape[0]
+        return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-    return offset[0], offset[0] + shape[0]
+    _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return offset[0]

@@ -1,1 +1,1 @@
-"""Tensors only: the model, its losses. Nothing here knows of ranks or files."""
+"""Tensors only: the model, its losses. Of ranks it knows the group that cuts a layer; nothing of files."""

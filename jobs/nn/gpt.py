@@ -3,7 +3,8 @@
 Sources: GPT-1 (Radford et al. 2018), GPT-2 (Radford et al. 2019, section 2.3), GPT-3 (Brown et al. 2020,
 arXiv:2005.14165, section 2.1) with the banded attention of Sparse Transformers (arXiv:1904.10509);
 RMSNorm arXiv:1910.07467, SwiGLU arXiv:2002.05202, RoPE arXiv:2104.09864, grouped-query attention
-arXiv:2305.13245, parallel blocks as in GPT-J, selective recompute arXiv:2205.05198.
+arXiv:2305.13245, parallel blocks as in GPT-J, selective recompute arXiv:2205.05198. Over tensor ranks it is
+made of the layers of parallel.py.
 
 Shape suffixes: B batch, T tokens, H hidden, A heads, K key and value heads, D head_dim, V vocabulary.
 """
@@ -21,7 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from jobs.nn import parallel
+from jobs.nn.cut import Cut
 from jobs.nn.losses import linear_cross_entropy
+from jobs.nn.parallel import TensorGroup
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.spec import ModelSpec
 
@@ -35,31 +39,37 @@ class GPT(nn.Module):
         spec: sizes and variant.
         recompute: activations computed again in the backward pass: none; the attention core only, which
             pays where SDPA has no flash kernel (dropout on a CPU, banded layers); or whole blocks.
+        tensor: the ranks that each layer is cut over; None: it is whole.
 
     Raises:
-        ConfigError: heads do not divide what they split.
+        ConfigError: heads do not divide what they split, or tensor ranks do not divide heads.
     """
 
-    def __init__(self, spec: ModelSpec, *, recompute: Recompute = "none") -> None:
+    def __init__(self, spec: ModelSpec, *, recompute: Recompute = "none", tensor: TensorGroup | None = None) -> None:
         super().__init__()
-        _check(spec)
+        _check(spec, tensor)
         self.spec = spec
-        self.embed = TokenEmbedding(spec)
-        self.positions = Positions(spec) if spec.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(spec, i, recompute) for i in range(spec.layers))
-        self.norm = _norm(spec) if spec.norm_position == "pre" else None
-        self.head = None if spec.tie_embeddings else Head(spec)
+        self.embed = TokenEmbedding(spec, tensor)
+        self.positions = Positions(spec, tensor) if spec.position == "learned" else None
+        self.drop = Dropout(spec.dropout, tensor)
+        self.blocks = nn.ModuleList(Block(spec, i, recompute, tensor) for i in range(spec.layers))
+        self.norm = _norm(spec, tensor) if spec.norm_position == "pre" else None
+        self.head = None if spec.tie_embeddings else Head(spec, tensor)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); with ``targets``, their negative log-likelihoods (B, T) in fp32 instead."""
-        x_BTH = self.embed(tokens_BT)
-        if self.positions is not None:
-            x_BTH = self.positions(x_BTH)
-        x_BTH = F.dropout(x_BTH, self.spec.dropout, self.training)
-        for block in self.blocks:
-            x_BTH = block(x_BTH)
-        if self.norm is not None:
-            x_BTH = self.norm(x_BTH)
+        x = tokens_BT
+        for part in self.body():
+            x = part(x)
+        return self.to_vocabulary(x, targets_BT)
+
+    def body(self) -> list[nn.Module]:
+        """What is between tokens and hidden states, each part fed by the one before: a pipeline cuts it."""
+        parts = [self.embed, self.positions, self.drop, *self.blocks, self.norm]
+        return [part for part in parts if part is not None]
+
+    def to_vocabulary(self, x_BTH: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Hidden states to logits or negative log-likelihoods, as forward."""
         if self.head is not None:
             return self.head(x_BTH, targets_BT)
         return self.embed(x_BTH, targets_BT, head=True)
@@ -75,17 +85,29 @@ class GPT(nn.Module):
 
 
 class Head(nn.Module):
-    """The map from hidden states to the vocabulary, (V, H), without bias."""
+    """The map from hidden states to the vocabulary, (V, H), without bias; a tensor rank holds some rows of it."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, tensor: TensorGroup | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(spec.vocab, spec.hidden))
+        self.tensor = tensor
+        self.cuts: dict[str, Cut] = {}
+        rows = spec.vocab
+        if tensor:
+            self.cuts["weight"] = Cut(dim=0, parts=(spec.vocab,), index=tensor.rank, count=tensor.size)
+            rows = self.cuts["weight"].width()
+        self.weight = nn.Parameter(torch.empty(rows, spec.hidden))
 
     def forward(self, x_BTH: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits, or the targets' negative log-likelihoods, as GPT.forward."""
+        if not self.tensor:
+            if targets_BT is None:
+                return F.linear(x_BTH, self.weight)
+            return linear_cross_entropy(x_BTH, self.weight, targets_BT)
+        x_BTH, cut = parallel.enter(x_BTH, self.tensor), self.cuts["weight"]
         if targets_BT is None:
-            return F.linear(x_BTH, self.weight)
-        return linear_cross_entropy(x_BTH, self.weight, targets_BT)
+            return parallel.gather_features(F.linear(x_BTH, self.weight), cut, self.tensor)
+        first_row = cut.spans()[0][0]
+        return linear_cross_entropy(x_BTH, self.weight, targets_BT, group=self.tensor.group, first_row=first_row)
 
 
 class TokenEmbedding(Head):
@@ -96,44 +118,79 @@ class TokenEmbedding(Head):
     """
 
     def forward(self, x: Tensor, targets_BT: Tensor | None = None, *, head: bool = False) -> Tensor:
-        """Embeddings (B, T, H) of tokens (B, T); with ``head``, as Head.forward."""
-        return super().forward(x, targets_BT) if head else F.embedding(x, self.weight)
+        """Embeddings (B, T, H) of tokens (B, T); with ``head``, as Head.forward.
+
+        Raises:
+            DataError: sequence parallel, and tensor ranks do not divide the tokens.
+        """
+        if head:
+            return super().forward(x, targets_BT)
+        if not self.tensor:
+            return F.embedding(x, self.weight)
+        if self.tensor.sequence and x.shape[1] % self.tensor.size:
+            raise DataError(
+                f"sequence parallel: {x.shape[1]} tokens do not split over {self.tensor.size} tensor ranks",
+                hint="pad the sequence, or `parallel.sequence: false`",
+            )
+        start, stop = self.cuts["weight"].spans()[0]
+        elsewhere_BT = (x < start) | (x >= stop)
+        part_BTH = F.embedding((x - start).masked_fill(elsewhere_BT, 0), self.weight)
+        return parallel.leave(part_BTH.masked_fill(elsewhere_BT[..., None], 0.0), self.tensor)
 
 
 class Positions(nn.Module):
     """Learned positions (T, H), in a layer of their own."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, tensor: TensorGroup | None = None) -> None:
         super().__init__()
+        self.tensor = tensor
         self.weight = nn.Parameter(torch.empty(spec.seq_len, spec.hidden))
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        """Add the positions.
+        """Add the positions; in sequence parallel, those of this rank's tokens.
 
         Raises:
             DataError: there are more tokens than positions.
         """
-        tokens, seq_len = x_BTH.shape[1], len(self.weight)
+        own, seq_len = x_BTH.shape[1], len(self.weight)
+        slices, index = (self.tensor.size, self.tensor.rank) if self.tensor and self.tensor.sequence else (1, 0)
+        tokens = own * slices
         if tokens > seq_len:
             raise DataError(
                 f"a sequence of {tokens} tokens is longer than the model's {seq_len} positions",
                 hint=f"cut it, or set `model.seq_len` to {tokens} before training",
             )
-        return x_BTH + self.weight[:tokens]
+        return x_BTH + parallel.replicated(self.weight, self.tensor)[index * own : (index + 1) * own]
+
+
+class Dropout(nn.Module):
+    """Dropout between the layers: tensor ranks drop the same, or, each with its own tokens, not the same."""
+
+    def __init__(self, p: float, tensor: TensorGroup | None) -> None:
+        super().__init__()
+        self.p, self.tensor = p, tensor if tensor and tensor.sequence else None
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """(B, T, H) to (B, T, H)."""
+        if not (self.training and self.p):
+            return x_BTH
+        with parallel.apart(self.tensor, x_BTH.device):
+            return F.dropout(x_BTH, self.p)
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each with its norm and residual; pre-norm, post-norm or parallel."""
 
-    def __init__(self, spec: ModelSpec, layer: int, recompute: Recompute) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, recompute: Recompute, tensor: TensorGroup | None) -> None:
         super().__init__()
         banded = spec.attention == "banded" or (spec.attention == "alternating" and layer % 2 == 1)
-        self.dropout, self.post = spec.dropout, spec.norm_position == "post"
+        window = spec.window if banded else None
+        self.drop, self.post = Dropout(spec.dropout, tensor), spec.norm_position == "post"
         self.recompute = recompute == "full"
-        self.norm1 = _norm(spec)
-        self.attn = Attention(spec, window=spec.window if banded else None, recompute=recompute == "selective")
-        self.norm2 = None if spec.parallel_block else _norm(spec)
-        self.mlp = FeedForward(spec)
+        self.norm1 = _norm(spec, tensor)
+        self.attn = Attention(spec, window=window, recompute=recompute == "selective", tensor=tensor)
+        self.norm2 = None if spec.parallel_block else _norm(spec, tensor)
+        self.mlp = FeedForward(spec, tensor)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         """(B, T, H) to (B, T, H)."""
@@ -143,34 +200,35 @@ class Block(nn.Module):
         """What forward computes, and computes again under full recompute."""
         if self.norm2 is None:
             y_BTH = x_BTH if self.post else self.norm1(x_BTH)
-            x_BTH = x_BTH + self._drop(self.attn(y_BTH) + self.mlp(y_BTH))
+            x_BTH = x_BTH + self.drop(self.attn(y_BTH) + self.mlp(y_BTH))
             return self.norm1(x_BTH) if self.post else x_BTH
         if self.post:
-            x_BTH = self.norm1(x_BTH + self._drop(self.attn(x_BTH)))
-            return self.norm2(x_BTH + self._drop(self.mlp(x_BTH)))
-        x_BTH = x_BTH + self._drop(self.attn(self.norm1(x_BTH)))
-        return x_BTH + self._drop(self.mlp(self.norm2(x_BTH)))
+            x_BTH = self.norm1(x_BTH + self.drop(self.attn(x_BTH)))
+            return self.norm2(x_BTH + self.drop(self.mlp(x_BTH)))
+        x_BTH = x_BTH + self.drop(self.attn(self.norm1(x_BTH)))
+        return x_BTH + self.drop(self.mlp(self.norm2(x_BTH)))
 
     def compile_run(self) -> None:
         """See GPT.compile_blocks."""
         self.run = torch.compile(self.run)  # type: ignore[method-assign]
 
-    def _drop(self, x_BTH: Tensor) -> Tensor:
-        return F.dropout(x_BTH, self.dropout, self.training)
-
 
 class Attention(nn.Module):
     """Causal self-attention; ``window`` is how many positions a query sees, its own included; None: all."""
 
-    def __init__(self, spec: ModelSpec, *, window: int | None, recompute: bool) -> None:
+    def __init__(
+        self, spec: ModelSpec, *, window: int | None, recompute: bool, tensor: TensorGroup | None = None
+    ) -> None:
         super().__init__()
-        self.widths = [spec.hidden, spec.kv_hidden, spec.kv_hidden]
+        widths = [spec.hidden, spec.kv_hidden, spec.kv_hidden]
+        self.tensor = tensor
+        self.widths = [width // tensor.size for width in widths] if tensor else widths  # of this rank's heads
         self.head_dim, self.dropout = spec.head_dim, spec.dropout
         self.grouped = spec.kv_hidden != spec.hidden
         self.rope_theta = spec.rope_theta if spec.position == "rope" else None
         self.window, self.recompute = window, recompute
-        self.qkv = nn.Linear(spec.hidden, sum(self.widths), bias=spec.bias)
-        self.proj = nn.Linear(spec.hidden, spec.hidden, bias=spec.bias)
+        self.qkv = parallel.column(spec.hidden, widths, tensor, bias=spec.bias)
+        self.proj = parallel.row(spec.hidden, spec.hidden, tensor, bias=spec.bias)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         """(B, T, H) to (B, T, H)."""
@@ -186,25 +244,28 @@ class Attention(nn.Module):
         tokens = q_BATD.shape[2]
         banded = self.window is not None and self.window < tokens  # a dense layer may use the flash kernel
         mask_TT = band(tokens, self.window, q_BATD.device) if banded and self.window else None
-        return F.scaled_dot_product_attention(
-            q_BATD,
-            k_BKTD,
-            v_BKTD,
-            attn_mask=mask_TT,
-            is_causal=mask_TT is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.grouped,
-        )
+        dropout = self.dropout if self.training else 0.0
+        with parallel.apart(self.tensor if dropout else None, q_BATD.device):  # each rank has other heads
+            return F.scaled_dot_product_attention(
+                q_BATD,
+                k_BKTD,
+                v_BKTD,
+                attn_mask=mask_TT,
+                is_causal=mask_TT is None,
+                dropout_p=dropout,
+                enable_gqa=self.grouped,
+            )
 
 
 class FeedForward(nn.Module):
     """Two matrices and an activation; SwiGLU's gate and value are the halves of ``up``."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, tensor: TensorGroup | None = None) -> None:
         super().__init__()
         self.activation = spec.activation
-        self.up = nn.Linear(spec.hidden, spec.ffn * (2 if spec.activation == "swiglu" else 1), bias=spec.bias)
-        self.down = nn.Linear(spec.ffn, spec.hidden, bias=spec.bias)
+        parts = [spec.ffn, spec.ffn] if spec.activation == "swiglu" else [spec.ffn]
+        self.up = parallel.column(spec.hidden, parts, tensor, bias=spec.bias)
+        self.down = parallel.row(spec.ffn, spec.hidden, tensor, bias=spec.bias)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         """(B, T, H) to (B, T, H)."""
@@ -250,22 +311,28 @@ def init_weights(model: GPT, seed: int) -> GPT:
     So neither world size nor layout nor the order of construction changes the start; a CPU and a GPU do
     differ. Matrices and embeddings are N(0, init_std), those that write to the residual stream divided
     by sqrt(2 L) under ``scaled_init`` (GPT-2, section 2.3); biases are 0, norms 1. Sharded parameters
-    (FSDP2, deepspeed.zero.Init) keep their shard; that is collective.
+    (FSDP2, deepspeed.zero.Init) keep their shard; that is collective. Parameters that tensor ranks cut
+    keep their slice, and have their ``cut`` from here on.
     """
-    spec = model.spec
+    parallel.mark_cuts(model)
     for name, p in model.named_parameters():
-        residual = spec.scaled_init and name.endswith(("attn.proj.weight", "mlp.down.weight"))
-        std = spec.init_std / math.sqrt(2 * spec.layers) if residual else spec.init_std
-        with torch.no_grad(), _whole(p) as (shape, fill):
-            if name.endswith("bias"):
-                fill(torch.zeros(shape, device=p.device))
-            elif "norm" in name:
-                fill(torch.ones(shape, device=p.device))
-            elif not p.is_meta:
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
-                fill(torch.empty(shape, device=p.device).normal_(0, std, generator=generator))
+        if not p.is_meta:
+            with torch.no_grad(), _whole(p) as (shape, fill):
+                fill(draw(model.spec, seed, name, shape, p.device))
     return model
+
+
+def draw(spec: ModelSpec, seed: int, name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    """The whole parameter ``name`` as a run of ``seed`` begins with it, in fp32."""
+    if name.endswith("bias"):
+        return torch.zeros(shape, device=device)
+    if "norm" in name:
+        return torch.ones(shape, device=device)
+    residual = spec.scaled_init and name.endswith(("attn.proj.weight", "mlp.down.weight"))
+    std = spec.init_std / math.sqrt(2 * spec.layers) if residual else spec.init_std
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) >> 1)
+    return torch.empty(shape, device=device).normal_(0, std, generator=generator)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -276,13 +343,23 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
+        if p.is_meta:  # another pipeline rank's
+            continue
         (rest if name.endswith("bias") or "norm" in name else decay).append(p)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 @contextmanager
 def _whole(p: nn.Parameter) -> Iterator[tuple[torch.Size, Callable[[Tensor], object]]]:
-    """The full shape of a parameter, and a function that sets it from a full tensor, sharded or not."""
+    """The full shape of a parameter, and a function that sets it from a full tensor, cut or sharded or not."""
+    with _gathered(p) as (shape, fill):
+        cut: Cut | None = getattr(p, "cut", None)
+        yield (torch.Size(cut.whole_shape(shape)), lambda full: fill(cut.take(full))) if cut else (shape, fill)
+
+
+@contextmanager
+def _gathered(p: nn.Parameter) -> Iterator[tuple[torch.Size, Callable[[Tensor], object]]]:
+    """The same, of what the data ranks share."""
     if hasattr(p, "ds_shape"):  # deepspeed.zero.Init: outside this context there is nothing to write to
         import deepspeed
 
@@ -308,13 +385,17 @@ def _maybe_checkpoint(recompute: bool, function: Callable[..., Tensor], *args: T
     return function(*args)
 
 
-def _norm(spec: ModelSpec) -> nn.Module:
+def _norm(spec: ModelSpec, tensor: TensorGroup | None) -> nn.Module:
+    if tensor and tensor.sequence:
+        if spec.norm == "rmsnorm":
+            return parallel.RMSNorm(spec.hidden, spec.norm_eps, tensor)
+        return parallel.LayerNorm(spec.hidden, spec.norm_eps, tensor, bias=spec.bias)
     if spec.norm == "rmsnorm":
         return nn.RMSNorm(spec.hidden, spec.norm_eps)
     return nn.LayerNorm(spec.hidden, spec.norm_eps, bias=spec.bias)
 
 
-def _check(spec: ModelSpec) -> None:
+def _check(spec: ModelSpec, tensor: TensorGroup | None) -> None:
     kv_heads = spec.kv_heads or spec.heads
     for name, total, part in (("hidden", spec.hidden, spec.heads), ("heads", spec.heads, kv_heads)):
         if total % part:
@@ -323,6 +404,11 @@ def _check(spec: ModelSpec) -> None:
             raise ConfigError(
                 f"model: `{what}` = {part} does not divide `{name}` = {total}", hint=f"it may be one of {divisors}"
             )
+    if tensor and kv_heads % tensor.size:
+        raise ConfigError(
+            f"model: {kv_heads} heads of keys and values do not split over {tensor.size} tensor ranks",
+            hint="`parallel.tensor` divides `heads` and `kv_heads`",
+        )
     if spec.position == "rope" and spec.head_dim % 2:
         raise ConfigError(
             f"model: rope turns pairs, and {spec.hidden} / {spec.heads} = {spec.head_dim} dims per head is odd",

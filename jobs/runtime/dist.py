@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job import Ranks
+from jobs.runtime.mesh import peers
 
 if TYPE_CHECKING:
     import torch
+
+    from jobs.nn.parallel import TensorGroup
+    from orchestrator.spec import ParallelPlan
 
 
 def start(ranks: Ranks, rendezvous: Path | None = None) -> torch.device:
@@ -40,6 +44,38 @@ def start(ranks: Ranks, rendezvous: Path | None = None) -> torch.device:
         assert ranks.world == 1, "several ranks need a rendezvous"
         td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)
     return device
+
+
+def group(ranks: Ranks, parallel: ParallelPlan, *axes: str) -> Any:
+    """The process group of the ranks that differ from this one along ``axes`` (data, pipeline, tensor) only."""
+    import torch.distributed as td
+
+    mine = None
+    for members in peers(ranks.world, parallel, *axes):  # every rank takes part in making every group
+        made = td.new_group(members)
+        mine = made if ranks.rank in members else mine
+    return mine
+
+
+def tensor_group(ranks: Ranks, parallel: ParallelPlan) -> TensorGroup | None:
+    """The ranks that share each layer with this one; None where none does."""
+    from jobs.nn.parallel import TensorGroup
+
+    if parallel.tensor == 1:
+        return None
+    made = group(ranks, parallel, "tensor")
+    return TensorGroup(group=made, rank=ranks.rank % parallel.tensor, size=parallel.tensor, sequence=parallel.sequence)
+
+
+def seed(value: int, ranks: Ranks, parallel: ParallelPlan) -> None:
+    """Seed torch's random numbers, of which training takes dropout only.
+
+    Tensor ranks begin alike: they hold the same activations and must drop the same of them; where they hold
+    other ones, ``jobs.nn.parallel.apart`` sees to it. Any other two ranks differ.
+    """
+    import torch
+
+    torch.manual_seed(value * 100_003 + ranks.rank // parallel.tensor)
 
 
 def mean_and_any(value: float, flag: bool) -> tuple[float, bool]:

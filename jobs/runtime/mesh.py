@@ -48,3 +48,13 @@ def place(rank: int, world: int, parallel: ParallelPlan) -> Place:
         pipeline_size=parallel.pipeline,
         tensor_size=parallel.tensor,
     )
+
+
+def peers(world: int, parallel: ParallelPlan, *axes: str) -> list[list[int]]:
+    """All ranks in groups that differ along ``axes`` (data, pipeline, tensor) only, each in the order of its ranks."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(world):
+        at = place(rank, world, parallel)
+        key = tuple(getattr(at, axis) for axis in ("pipeline", "data", "tensor") if axis not in axes)
+        found.setdefault(key, []).append(rank)
+    return list(found.values())

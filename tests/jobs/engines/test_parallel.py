@@ -1,0 +1,146 @@
+"""Tensor, sequence and pipeline parallel against single-process PyTorch: the same losses and gradient norms.
+
+All cases of a world size share one process group. The reference is a plain loop over whole batches, whose model
+knows nothing of ranks.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from jobs.engines import deepspeed as deepspeed_engine
+from jobs.engines import torch as torch_engine
+from jobs.nn.gpt import GPT, decay_groups, init_weights
+from jobs.pretrain import mean_loss
+from jobs.runtime import dist
+from jobs.runtime.mesh import place
+from orchestrator.spec import ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
+
+pytestmark = [pytest.mark.slow, pytest.mark.parity]
+
+MICRO, BATCH, STEPS, LR, CLIP = 2, 8, 20, 3e-3, 0.5
+GPT3 = ModelSpec(layers=4, hidden=32, heads=4, vocab=97, seq_len=16, attention="alternating", window=4)
+LLAMA = replace(
+    GPT3, kv_heads=2, activation="swiglu", ffn_hidden=40, norm="rmsnorm", position="rope", bias=False,
+    tie_embeddings=False, init_std=0.1,
+)  # fmt: skip
+GPTJ = replace(GPT3, parallel_block=True, position="rope", tie_embeddings=False)
+ENGINES = {"torch": torch_engine, "deepspeed": deepspeed_engine}
+
+
+def stage_of(engine, *, precision="fp32", engine_config=None, **parallel):
+    return StageSpec(
+        kind="pretrain", engine=engine, parallel=ParallelPlan(micro_batch=MICRO, **parallel), precision=precision,
+        optimizer=OptimizerSpec(lr=LR, clip=CLIP), global_batch=BATCH, steps=STEPS, engine_config=engine_config or {},
+    )  # fmt: skip
+
+
+def batch_of(step, first, count, model=GPT3):
+    """Samples ``first`` to ``first + count`` of a step: odd tokens follow from the even ones before, so there is
+    something to learn."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randint(0, model.vocab, (BATCH, model.seq_len + 1), generator=generator)
+    x[:, 1::2] = (3 * x[:, 0::2] + 1)[:, : x[:, 1::2].shape[1]] % model.vocab
+    x = x[first : first + count]
+    return {"tokens": x[:, :-1].contiguous(), "targets": x[:, 1:].contiguous()}
+
+
+def build(stage, ranks, model):
+    def make(tensor=None):
+        return GPT(model, recompute=stage.parallel.recompute, tensor=tensor)
+
+    dist.seed(stage.seed, ranks, stage.parallel)
+    return ENGINES[stage.engine].build(make, stage, ranks, mean_loss)
+
+
+def train(engine, stage, ranks, steps, model, size=BATCH):
+    """Loss over all data ranks, and gradient norm, of each step."""
+    at = place(ranks.rank, ranks.world, stage.parallel)
+    seen = []
+    for step in steps:
+        turns = size // (MICRO * at.data_size)
+        firsts = [(turn * at.data_size + at.data) * MICRO for turn in range(turns)]
+        result = engine.train_step([batch_of(step, first, MICRO, model) for first in firsts], lr=LR)
+        seen.append((dist.mean_and_any(result.loss, False)[0], result.grad_norm))
+    return seen
+
+
+def close(engine):
+    if hasattr(engine, "engine"):
+        engine.engine.destroy()
+    dist.barrier()
+
+
+def parity(ranks, cases):
+    """What each case reports, the loss of a forward pass, and the weights it ends with."""
+    seen = {}
+    for name, (stage, model) in cases.items():
+        try:
+            engine = build(stage, ranks, model)
+            losses = train(engine, stage, ranks, range(STEPS), model)
+            nll = engine.forward(batch_of(99, 0, MICRO, model))
+            short = engine.forward(batch_of(99, 0, 1, model))  # the last batch of an evaluation is smaller
+            with engine.gathered() as whole:
+                weights = {key: w.detach().float().numpy().copy() for key, w in whole.named_parameters()}
+            seen[name] = (losses, nll.float().tolist(), short.float().tolist(), weights if ranks.rank == 0 else None)
+            close(engine)
+        except Exception as e:
+            raise RuntimeError(f"case `{name}`") from e
+    return seen
+
+
+_references = {}
+
+
+def reference(model):
+    """The same of plain PyTorch in one process, over whole batches."""
+    if model not in _references:
+        torch.manual_seed(0)
+        module = init_weights(GPT(model), 0)
+        optimizer = torch.optim.AdamW(decay_groups(module, 0.1), lr=LR, betas=(0.9, 0.95), eps=1e-8)
+        seen = []
+        for step in range(STEPS):
+            batch = batch_of(step, 0, BATCH, model)
+            loss = module(batch["tokens"], batch["targets"]).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append((loss.item(), norm.item()))
+        with torch.no_grad():
+            batch = batch_of(99, 0, MICRO, model)
+            nll = module(batch["tokens"], batch["targets"])
+        assert max(norm for _, norm in seen) > CLIP, "nothing would be clipped"
+        _references[model] = seen, nll, {key: w.detach().numpy() for key, w in module.named_parameters()}
+    return _references[model]
+
+
+def check(results, cases, tolerance):
+    """Every case of every rank against plain PyTorch; prints the largest differences."""
+    for name, (_, model) in cases.items():
+        wanted, nll, weights = reference(model)
+        losses = results[0][name][0]
+        loss = max(abs(a - b) for (a, _), (b, _) in zip(losses, wanted, strict=True))
+        norm = max(abs(a - b) / b for (_, a), (_, b) in zip(losses, wanted, strict=True))
+        forward = (torch.tensor(results[0][name][1]) - nll).abs().max().item()
+        weight = max(abs(results[0][name][3][key] - w).max() for key, w in weights.items())
+        print(f"{name:28} loss {loss:.1e} norm {norm:.1e} forward {forward:.1e} weight {weight:.1e}")
+        assert loss < tolerance and norm < 10 * tolerance, name
+        assert forward < 100 * tolerance and weight < 100 * tolerance, name
+        assert all(r[name][0] == losses for r in results), f"{name}: the ranks disagree about what they report"
+        assert all(r[name][1][:1] == r[name][2] or math.dist(r[name][1][0], r[name][2][0]) < 1e-4 for r in results)
+
+
+def test_fp32_on_2_ranks():
+    cases = {
+        "torch tp2": (stage_of("torch", tensor=2), GPT3),
+        "torch tp2 sp": (stage_of("torch", tensor=2, sequence=True), GPT3),
+        "torch tp2 fsdp": (stage_of("torch", tensor=2, zero=3), GPT3),
+        "torch tp2 llama recompute": (stage_of("torch", tensor=2, recompute="full"), LLAMA),
+        "torch tp2 sp llama": (stage_of("torch", tensor=2, sequence=True), LLAMA),
+        "torch tp2 sp gptj": (stage_of("torch", tensor=2, sequence=True), GPTJ),
+    }
+    check(run_ranks(parity, 2, cases), cases, 1e-5)
