@@ -52,6 +52,14 @@ def queue_preflight(runs: Sequence[Run]) -> tuple[str, Path]:
     return _queue(run, folder, "node", None), folder
 
 
+def look(runs: Sequence[Run]) -> Path:
+    """Look at the nodes for their own sake; return the folder in which the report will be."""
+    job_id, folder = queue_preflight(runs)
+    arm(folder, job_id, [])
+    queue.call("scontrol", "release", job_id)
+    return folder
+
+
 def queue_rehearsal(run: Run, behind: str | None) -> str:
     """Queue, held, the job of ``run`` with light ranks; return its id."""
     folder = run.folder / "rehearsal"

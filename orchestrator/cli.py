@@ -420,21 +420,34 @@ def ui(root: Path, port: int, uri: str | None, browse: bool) -> None:
 
 
 @cli.command()
+@click.argument("config", required=False)
+@OVERRIDES
 @click.option("--deep", is_flag=True, help="Import torch, DeepSpeed and MLflow too: half a minute.")
+@click.option("--nodes", is_flag=True, help="Slurm: look at the nodes too, in a job of CONFIG's largest stage.")
 @click.option("--uri", metavar="URI", help="MLflow to look for. Default: the one in the runs folder.")
 @JSON
 @click.pass_obj
-def doctor(root: Path, deep: bool, uri: str | None, as_json: bool) -> None:
-    """Check this machine: packages, compiler, disk, memory, GPUs, MLflow, launchers."""
+def doctor(
+    root: Path, config: str | None, overrides: Sequence[str], deep: bool, nodes: bool, uri: str | None, as_json: bool
+) -> None:
+    """Check this machine and its Slurm; with CONFIG, whether that can run here.
+
+    Each finding is ok, a warning or a problem, and has a remedy.
+    """
     from orchestrator import doctor as checks
     from orchestrator import show
 
-    findings = checks.examine(root, uri=uri, deep=deep)
+    if nodes and not config:
+        raise click.UsageError("`--nodes` takes a CONFIG, whose job it is", click.get_current_context())
+    composed = _compose(config, overrides, ()) if config else None
+    findings = checks.examine(root, uri=uri, deep=deep, experiment=composed.experiment if composed else None)
+    if nodes and composed:
+        findings += checks.nodes(composed, root)
     if as_json:
         show.as_json([vars(f) for f in findings])
     else:
         checks.report(findings)
-    if any(f.status == "missing" for f in findings):
+    if any(f.level == "problem" for f in findings):
         raise OrchError("something that is needed is missing", hint="the remedies stand beside each finding")
 
 

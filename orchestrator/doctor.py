@@ -1,7 +1,7 @@
-"""Is this machine ready: each check is a function, each finding ends in a remedy.
+"""Is this machine ready, and the cluster: each check is a function, each finding ends in a remedy.
 
 Packages are looked up by their metadata, so that it takes no seconds of import; ``deep`` imports them too,
-in a process of its own.
+in a process of its own. What Slurm says is in `launch/_slurm_doctor.py`.
 """
 
 import importlib.metadata
@@ -10,40 +10,141 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.compose import Composed
+from orchestrator.errors import OrchError
+from orchestrator.spec import Experiment
+
 MIN_PYTHON = (3, 11)
 MIN_DISK_GB = 5.0  # the demo, its checkpoints and MLflow's database, with room to spare
 NEEDED = ("torch", "mlflow", "submitit", "omegaconf", "tokenizers", "safetensors")
-USEFUL = {"deepspeed": "engine `deepspeed`", "colossalai": "engine `colossalai`"}
-STYLES = {"ok": "green", "note": "yellow", "missing": "bold red"}
+ENGINES = ("deepspeed", "colossalai")
+IMPORT_S = 300
+Level = Literal["ok", "warning", "problem"]  # problem: nothing runs so; warning: something will not, or not well
+STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+# All that may be found here, and the way out; docs/slurm.md has the same list.
+ADVICE: dict[str, tuple[Level, str]] = {
+    "old-python": ("problem", "install Python 3.11 or later"),
+    "no-package": ("problem", "`pip install {name}`"),
+    "no-engine": ("warning", "`pip install {name}`, for engine `{name}`"),
+    "bad-package": ("problem", "`python -c 'import {name}'` says why"),
+    "bad-engine": ("warning", "`python -c 'import {name}'` says why"),
+    "no-compiler": ("warning", "install gcc, for DeepSpeed's operators"),
+    "no-room": ("warning", "make room, or name another folder with `--runs`: a checkpoint takes 14 bytes a parameter"),
+    "not-writable": ("problem", "name another folder with `--runs` or ORCH_RUNS"),
+    "no-gpu": ("warning", "train on a cluster, or on the CPUs with `cluster=local`"),
+    "bad-gpu": ("warning", "look at the driver: `nvidia-smi`"),
+    "no-nccl": ("warning", "install a build of torch for GPUs: `python -c 'import torch; torch.cuda.nccl.version()'`"),
+    "no-mlflow": ("warning", "training goes on without; `orch sync` sends the metrics later"),
+    "no-data": ("problem", "{hint}"),
+    "no-plan": ("problem", "{hint}"),
+    "no-slurm": ("warning", "log in to the cluster, or submit with `--launcher local`"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one check found. ``missing``: nothing runs without it; ``note``: something will not."""
+    """What one check found; ``code`` names its remedy in the list."""
 
     check: str
-    status: Literal["ok", "note", "missing"]
+    level: Level
     found: str
     remedy: str = ""
+    code: str = ""
 
 
-def examine(root: Path, *, uri: str | None = None, deep: bool = False) -> list[Finding]:
-    """All findings for this machine, with runs in ``root`` and MLflow at ``uri``."""
+def finding(
+    check: str, found: str, code: str = "", advice: Mapping[str, tuple[Level, str]] = ADVICE, **words: str
+) -> Finding:
+    """A finding that is ok, or has the level and the remedy of ``code``."""
+    if not code:
+        return Finding(check=check, level="ok", found=found)
+    level, remedy = advice[code]
+    return Finding(check=check, level=level, found=found, remedy=remedy.format(**words), code=code)
+
+
+def examine(
+    root: Path, *, uri: str | None = None, deep: bool = False, experiment: Experiment | None = None
+) -> list[Finding]:
+    """All findings for this machine, with runs in ``root`` and MLflow at ``uri``; with ``experiment``, for that."""
+    from launch import _slurm_doctor
+
+    for_slurm = experiment if experiment and experiment.cluster.launcher == "slurm" else None
     return [
         python(),
         *packages(deep=deep),
         compiler(),
-        disk(root),
+        disk(root, _room_gb(experiment)),
         memory(),
-        gpus(),
-        tracking(root, uri),
-        *launchers(),
+        gpus(deep=deep),
+        tracking(root, uri or (experiment.tracking.uri if experiment else None)),
+        finding("launcher local", "this machine"),
+        *_slurm_doctor.findings(for_slurm, root),
+        *(ready(experiment) if experiment else []),
     ]
+
+
+def ready(experiment: Experiment) -> Iterator[Finding]:
+    """The plan holds, and each stage finds its data, or has it made by one before it."""
+    from orchestrator import inputs
+    from orchestrator.plan import plan
+    from orchestrator.submit import in_order
+
+    try:
+        plan(experiment)
+        yield finding("plan", "can run and fits")
+    except OrchError as e:
+        yield finding("plan", str(e), "no-plan", hint=e.hint or f"`orch plan` of `{experiment.name}` says more")
+    names = in_order(experiment)
+    try:
+        for i, name in enumerate(names):
+            inputs.check(experiment, name, names[:i])
+        yield finding("data", f"all there, or made first; {_free(Path(experiment.data.folder))}")
+    except OrchError as e:
+        yield finding("data", str(e), "no-data", hint=e.hint)
+
+
+def nodes(composed: Composed, root: Path) -> list[Finding]:
+    """What a preflight of the largest stage finds, in a job of its own that nothing waits for."""
+    from launch import _slurm_doctor, _slurm_preflight
+    from orchestrator.preflight import await_report
+    from orchestrator.submit import submit
+
+    place = root / ".doctor"
+    shutil.rmtree(place / composed.experiment.name, ignore_errors=True)
+    try:
+        runs = submit(composed, root=place, launcher="slurm", force=True, dry_run=True)
+        report = await_report(_slurm_preflight.look(runs))
+    except OrchError as e:
+        return [finding("nodes", str(e), "no-plan", hint=e.hint)]
+    return list(_slurm_doctor.nodes({name: node["problems"] for name, node in report["nodes"].items()}))
+
+
+def _room_gb(experiment: Experiment | None) -> float:
+    """What the run folders of ``experiment`` need: the checkpoints that are kept, and the one being written."""
+    from orchestrator.plan import plan
+
+    if experiment is None:
+        return MIN_DISK_GB
+    with suppress(OrchError):
+        needs = [(e.to_json(), experiment.stages[e.to_json()["stage"]]) for e in plan(experiment, force=True)]
+        return MIN_DISK_GB + sum(e["checkpoint_gb"] * (stage.keep + 1) for e, stage in needs)
+    return MIN_DISK_GB
+
+
+def _free(folder: Path) -> str:
+    existing = _existing(folder)
+    return f"{shutil.disk_usage(existing).free / 1e9:.0f} GB free at {folder}"
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.expanduser().absolute()
+    return next(p for p in (folder, *folder.parents) if p.exists())
 
 
 def report(findings: list[Finding]) -> None:
@@ -54,63 +155,52 @@ def report(findings: list[Finding]) -> None:
     from orchestrator.show import out
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("check", "status", "found", "remedy"):
+    for column in ("check", "level", "found", "remedy"):
         table.add_column(column, overflow="fold")
     for f in findings:
-        table.add_row(f.check, f"[{STYLES[f.status]}]{f.status}[/]", escape(f.found), escape(f.remedy))
+        table.add_row(f.check, f"[{STYLES[f.level]}]{f.level}[/]", escape(f.found), escape(f.remedy))
     out().print(table)
 
 
 def python() -> Finding:
     """The interpreter is new enough."""
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < MIN_PYTHON:
-        return Finding(check="python", status="missing", found=version, remedy="install Python 3.11 or later")
-    return Finding(check="python", status="ok", found=f"{version}, {sys.executable}")
+    return finding("python", f"{version}, {sys.executable}", "old-python" if sys.version_info < MIN_PYTHON else "")
 
 
 def packages(*, deep: bool) -> Iterator[Finding]:
     """The packages are installed, and with ``deep``, they import."""
-    for name in (*NEEDED, *USEFUL):
-        needed = name in NEEDED
-        bad: Literal["missing", "note"] = "missing" if needed else "note"
+    for name in (*NEEDED, *ENGINES):
+        what = "engine" if name in ENGINES else "package"
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            what = "" if needed else f", for {USEFUL[name]}"
-            yield Finding(check=name, status=bad, found="not installed", remedy=f"`pip install {name}`{what}")
+            yield finding(name, "not installed", f"no-{what}", name=name)
             continue
         problem = _import_problem(name) if deep else ""
         if problem:
-            yield Finding(check=name, status=bad, found=f"{version} does not import", remedy=problem)
+            yield finding(name, f"{version} does not import: {problem}", f"bad-{what}", name=name)
         else:
-            yield Finding(check=name, status="ok", found=version)
+            yield finding(name, version)
 
 
 def compiler() -> Finding:
     """DeepSpeed builds its operators on first use."""
     path = shutil.which(os.environ.get("CXX", "g++"))
-    if path is None:
-        return Finding(check="compiler", status="note", found="no g++", remedy="install gcc, for DeepSpeed's operators")
-    return Finding(check="compiler", status="ok", found=path)
+    return finding("compiler", path) if path else finding("compiler", "no g++", "no-compiler")
 
 
-def disk(root: Path) -> Finding:
+def disk(root: Path, needs_gb: float) -> Finding:
     """The runs folder can be written to and has room."""
-    existing = next(p for p in (root, *root.parents) if p.exists())
+    existing = _existing(root)
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as e:
-        found = f"cannot write to {existing}: {e.strerror}"
-        return Finding(check="runs folder", status="missing", found=found, remedy="set `--runs` or ORCH_RUNS")
+        return finding("runs folder", f"cannot write to {existing}: {e.strerror}", "not-writable")
     free_gb = shutil.disk_usage(existing).free / 1e9
-    found = f"{root}, {free_gb:.0f} GB free"
-    if free_gb < MIN_DISK_GB:
-        return Finding(
-            check="runs folder", status="note", found=found, remedy="make room: a checkpoint takes 14 B/param"
-        )
-    return Finding(check="runs folder", status="ok", found=found)
+    found = f"{root}, {free_gb:.0f} GB free of the {needs_gb:.0f} that it needs"
+    return finding("runs folder", found, "no-room" if free_gb < needs_gb else "")
 
 
 def memory() -> Finding:
@@ -118,21 +208,24 @@ def memory() -> Finding:
     import psutil
 
     total, free = (x / 1e9 for x in psutil.virtual_memory()[:2])
-    return Finding(check="memory", status="ok", found=f"{free:.0f} of {total:.0f} GB free, {os.cpu_count()} cores")
+    return finding("memory", f"{free:.0f} of {total:.0f} GB free, {os.cpu_count()} cores")
 
 
-def gpus() -> Finding:
-    """The GPUs that nvidia-smi lists."""
+def gpus(*, deep: bool) -> Finding:
+    """The GPUs that nvidia-smi lists, and with ``deep``, torch's NCCL."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except FileNotFoundError:
-        return Finding(
-            check="gpus", status="note", found="none (no `nvidia-smi`)", remedy="train here with `cluster=local`"
-        )
+        return finding("gpus", "none here (no `nvidia-smi`)", "no-gpu")
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as e:
-        return Finding(check="gpus", status="note", found=f"nvidia-smi: {e}", remedy="look at the driver: `nvidia-smi`")
-    return Finding(check="gpus", status="ok", found="; ".join(listed.splitlines()) or "none")
+        return finding("gpus", f"nvidia-smi: {e}", "bad-gpu")
+    found = "; ".join(listed.splitlines()) or "none"
+    if not deep:
+        return finding("gpus", found)
+    said = _run_python("import torch; print('.'.join(map(str, torch.cuda.nccl.version())))")
+    nccl = said.stdout.strip() if said and not said.returncode else ""
+    return finding("gpus", f"{found}; NCCL {nccl or 'does not answer'}", "" if nccl else "no-nccl")
 
 
 def tracking(root: Path, uri: str | None) -> Finding:
@@ -148,35 +241,29 @@ def tracking(root: Path, uri: str | None) -> Finding:
     try:
         if target.startswith(("http://", "https://")):
             with urllib.request.urlopen(f"{target.rstrip('/')}/health", timeout=5):  # noqa: S310 - the scheme is checked
-                return Finding(check="mlflow store", status="ok", found=shown)
+                return finding("mlflow store", shown)
         file = Path(target.removeprefix("sqlite:///"))
         if target.startswith("sqlite:") and file.exists():
             with sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True) as database:
                 database.execute("SELECT count(*) FROM experiments")
-            return Finding(check="mlflow store", status="ok", found=shown)
+            return finding("mlflow store", shown)
     except (urllib.error.URLError, OSError, sqlite3.Error, ValueError) as e:
-        remedy = "training goes on without; `orch sync` sends the metrics later"
-        return Finding(check="mlflow store", status="note", found=f"{shown}: {e}", remedy=remedy)
-    return Finding(check="mlflow store", status="ok", found=f"{shown}, made when first used")
-
-
-def launchers() -> Iterator[Finding]:
-    """Where runs can be sent from here."""
-    yield Finding(check="launcher local", status="ok", found="this machine")
-    path = shutil.which("sbatch")
-    if path:
-        yield Finding(check="launcher slurm", status="ok", found=path)
-    else:
-        remedy = "log in to the cluster, or submit with `--launcher local`"
-        yield Finding(check="launcher slurm", status="note", found="no `sbatch`", remedy=remedy)
+        return finding("mlflow store", f"{shown}: {e}", "no-mlflow")
+    return finding("mlflow store", f"{shown}, made when first used")
 
 
 def _import_problem(name: str) -> str:
     """The last line of what importing ``name`` raised, or nothing."""
+    tried = _run_python(f"import {name}")
+    if tried is None:
+        return f"it takes more than {IMPORT_S} s"
+    return (tried.stderr.strip().splitlines() or ["it ended without a word"])[-1] if tried.returncode else ""
+
+
+def _run_python(code: str) -> subprocess.CompletedProcess[str] | None:
     try:
-        tried = subprocess.run(
-            [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=300, check=False
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return "the import takes more than 300 s"
-    return (tried.stderr.strip().splitlines() or ["it ended without a word"])[-1] if tried.returncode else ""
+        return None

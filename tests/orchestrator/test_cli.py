@@ -206,7 +206,7 @@ def test_doctor_finds_what_runs_this_test(folder):
     found = {f["check"]: f for f in json.loads(result.stdout)}
     assert result.exit_code == 0
     assert found["python"]["found"].startswith(".".join(map(str, sys.version_info[:3])))
-    assert all(found[name]["status"] == "ok" for name in ("torch", "mlflow", "runs folder"))
+    assert all(found[name]["level"] == "ok" for name in ("torch", "mlflow", "runs folder"))
     broken = orch("--runs", "/proc/runs", "doctor")  # where even root cannot write
     assert broken.exit_code == 1 and "cannot write to /proc" in broken.stdout
     (folder / "runs").mkdir()
