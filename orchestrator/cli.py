@@ -266,7 +266,7 @@ def status(root: Path, run: str | None, watch: bool, markdown: bool, as_json: bo
         for s, r, b in zip(standings, rows, books, strict=True):
             show.details(s.run, r, b)
     elif rows:
-        show.out().print(show.table(rows))
+        show.out().print(show.table(rows), soft_wrap=True)
     else:
         click.echo(f"no runs in `{root}`", err=True)
         _next("orch submit configs/demo.yaml")

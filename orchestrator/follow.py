@@ -71,13 +71,9 @@ def watch(list_them: Callable[[], Sequence[Run]]) -> None:
             started = time.monotonic()
             standings, problem = look(list_them())
             took_s = time.monotonic() - started
-            room = console.height - 3
-            first = sorted(standings, key=lambda s: not s.alive)[:room]  # what lives, where not all have room
-            shown = table([row(s) for s in standings if s in first])
-            left = len(standings) - len(first)
-            shown.caption = (
-                "\n".join([*([problem] if problem else []), *([f"and {left} more"] if left else [])]) or None
-            )
+            first = sorted(standings, key=lambda s: not s.alive)[: console.height - 3]  # what lives, before all else
+            shown, left = table([row(s) for s in first]), len(standings) - len(first)
+            shown.append("".join(f"\n{said}" for said in (problem, f"and {left} more" if left else "") if said))
             live.update(shown, refresh=True)
             if not any(s.alive for s in standings):
                 return

@@ -46,6 +46,7 @@ STATES = {
     "TIMEOUT": "time limit before it could save",
 }
 KILLED = "killed without a word"
+HEADING = "## Logbook of"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,7 @@ def markdown(run: str, book: Logbook, newest: int | None = None) -> str:
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     left = len(book.entries) - len(entries)
     more = [f"\nand {left} attempts before these"] if left else []
-    return "\n".join([f"## Logbook of {run}\n", summary(book) + "\n", *table, *more]) + "\n"
+    return "\n".join([f"{HEADING} {run}\n", summary(book) + "\n", *table, *more]) + "\n"
 
 
 COLUMNS = ["attempt", "began", "waited", "took", "nodes", "GPUs", "steps", "lost", "GPU-h", "lost", "end"]
@@ -226,10 +227,11 @@ def summary(book: Logbook) -> str:
         return f"{hours(held)} GPU-hours; {waited}"
     useful, lost, start = (book.gpu_hours(key) for key in ("useful_s", "lost_s", "start_s"))
     steps = sum(e.steps_lost for e in book.entries)
+    rest = max(0.0, held - useful - lost - start)
     return (
-        f"goodput {book.goodput:.1%}: of {hours(held)} GPU-hours {hours(useful)} trained steps that count, "
-        f"{hours(lost)} {steps:,} steps that were lost, {hours(start)} got ready, "
-        f"{hours(max(0.0, held - useful - lost - start))} saved, evaluated or stood still; {waited}"
+        f"goodput {book.goodput:.1%}: {hours(useful)} of {hours(held)} GPU-hours went into steps that count, "
+        f"{hours(lost)} into {steps:,} steps that were lost, {hours(start)} into getting ready, "
+        f"{hours(rest)} into saving, evaluating and standing still; {waited}"
     )
 
 

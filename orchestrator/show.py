@@ -15,10 +15,11 @@ from orchestrator.run import Attempt, Run
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 STYLES = {"running": "cyan", "queued": "yellow", "done": "green", "stopped": "yellow", "failed": "bold red"}
 NOTHING = "-"
-COLUMNS = ("run", "state", "step", "loss", "tokens/s", "checkpoint", "attempts", "note")
+COLUMNS = ("run", "state", "step", "loss", "tokens/s", "saved", "attempts", "note")
 
 
 def out() -> "Console":
@@ -101,27 +102,41 @@ def reconcile(standings: Sequence[status.Standing]) -> str:
     return problem
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """One row per run."""
-    table, now = _table(*COLUMNS), time.time()
-    for row in rows:
-        table.add_row(
-            row["run"],
-            f"[{STYLES.get(row['state'], 'default')}]{row['state']}[/]" + ("" if row["answered"] else "?"),
-            f"{row['step']}/{row['steps']}" if row["steps"] else NOTHING,
-            NOTHING if row["loss"] is None else f"{row['loss']:.4f}",
-            NOTHING if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
-            str(row["checkpoint_step"] or NOTHING),
-            status.attempts_note(row["causes"], row["state"]) if row["attempts"] else NOTHING,
-            _escape(status.note(row, now).partition("\n")[0][:100] or NOTHING),
-        )
-    return table
+def table(rows: Sequence[Mapping[str, Any]]) -> "Text":
+    """One line per run. Not a table of rich, which takes 0.7 s for a thousand rows (measured, two busy cores)."""
+    from rich.text import Text
+
+    now = time.time()
+    cells = [COLUMNS, *(_cells(row, now=now) for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS) - 1)] + [0]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells]
+    text = Text("\n".join(line.rstrip() for line in lines), no_wrap=True, overflow="ellipsis")
+    text.stylize("bold", 0, len(lines[0].rstrip()))
+    at, left = 0, sum(widths[:1]) + 2
+    for line, row in zip(lines, [{}, *rows], strict=True):
+        if row:
+            text.stylize(STYLES.get(row["state"], "default"), at + left, at + left + len(row["state"]))
+        at += len(line.rstrip()) + 1
+    return text
+
+
+def _cells(row: Mapping[str, Any], *, now: float) -> tuple[str, ...]:
+    return (
+        row["run"],
+        row["state"] + ("" if row["sure"] else "?"),
+        f"{row['step']}/{row['steps']}" if row["steps"] else NOTHING,
+        NOTHING if row["loss"] is None else f"{row['loss']:.4f}",
+        NOTHING if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
+        str(row["checkpoint_step"] or NOTHING),
+        status.attempts_note(row["causes"], row["state"]) if row["attempts"] else NOTHING,
+        status.note(row, now).partition("\n")[0][:100] or NOTHING,
+    )
 
 
 def details(run: Run, row: Mapping[str, Any], book: logbook.Logbook) -> None:
     """One run: its row, its logbook, and why it failed."""
     console = out()
-    console.print(table([row]))
+    console.print(table([row]), soft_wrap=True)
     job = f", job {row['job_id']} {row['scheduler_state']}".rstrip() if row["job_id"].isdigit() else ""
     nodes = f", on {row['nodes']}" if row["nodes"] else ""
     console.print(_escape(f"folder: {row['folder']}{job}{nodes}"), soft_wrap=True)
@@ -234,7 +249,7 @@ def _table(*columns: str) -> Any:
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, no_wrap=column not in ("note", "end"), overflow="fold")
+        made.add_column(column, no_wrap=column != "end", overflow="fold")
     return made
 
 

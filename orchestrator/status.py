@@ -26,7 +26,7 @@ class Standing:
     attempts: list[Attempt]
     state: State
     alive: bool
-    sure: bool  # its launcher has answered
+    sure: bool  # its launcher has answered, or it has ended whatever that says
     seen: Seen | None  # what its scheduler says of it, where there is one
 
 
@@ -53,7 +53,8 @@ def _stand(run: Run, silent: dict[str, str]) -> Standing:
     state = run.state(alive=alive, attempts=attempts)
     if state == "running" and seen and seen.waiting:
         state = "queued"  # to begin again
-    return Standing(run=run, attempts=attempts, state=state, alive=alive, sure=launcher not in silent, seen=seen)
+    sure = launcher not in silent or not alive
+    return Standing(run=run, attempts=attempts, state=state, alive=alive, sure=sure, seen=seen)
 
 
 def _unended(run: Run, attempts: Sequence[Attempt]) -> bool:
@@ -84,7 +85,7 @@ def row(standing: Standing) -> dict[str, Any]:
         "left_s": left_s(beat) if standing.state == "running" else None,
         "heartbeat_at": beat.get("time"),
         "job_id": run.submissions[-1].job_id if run.submissions else "",
-        "answered": standing.sure,
+        "sure": standing.sure,
         "scheduler_state": seen.state if seen else "",
         "reason": seen.reason if seen else "",
         "why": seen.why if seen else "",
@@ -98,7 +99,7 @@ def book(standing: Standing) -> logbook.Logbook:
     """The logbook of a run. Reads all of its metrics, and may ask the scheduler how attempts ended."""
     run = standing.run
     through = launcher_of(run.submissions[-1].launcher) if run.submissions else None
-    ended = through.ended(run) if through and hasattr(through, "ended") and standing.sure else {}
+    ended = through.ended(run) if through and hasattr(through, "ended") else {}
     return logbook.of(run, running=standing.state == "running", ended=ended)
 
 

@@ -52,7 +52,7 @@ class Sent:
     status: str = ""
     offset: int = 0  # bytes of metrics.jsonl behind us
     step: int = -1  # the highest one sent
-    artifacts: dict[str, int] = field(default_factory=dict)  # file -> its st_mtime_ns when it was sent
+    artifacts: dict[str, int] = field(default_factory=dict)  # file -> its st_mtime_ns, or checksum, when it was sent
     dataset: str = ""  # digest of the one named as input
 
     @classmethod

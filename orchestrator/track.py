@@ -21,12 +21,13 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import dashboard
+from orchestrator import dashboard, logbook
 from orchestrator.enroll import enroll, log_dataset
 from orchestrator.errors import LaunchError, TrackingError
 from orchestrator.run import Run, State, read_metrics, write_json
@@ -46,6 +47,7 @@ POLL_S = 1.0  # how often the forwarder looks for new lines
 PATIENCE_S = 15.0  # the longest pause between two attempts to reach MLflow
 FAREWELL_S = 15.0  # how long a forwarder tries after the end of its job
 LOCK_S = 90.0  # more than one slow call to MLflow takes
+NOTE, MAX_NOTE = "mlflow.note.content", 5000  # MLflow's tag of a run's description; of at most 8000 characters
 HEAD = ("step", "time", "attempt", "tokens")  # of a line; the rest are metrics
 STATUS: dict[State, str] = {
     "new": "SCHEDULED",
@@ -195,6 +197,8 @@ def reconcile(run: Run, alive: bool) -> None:
     if sent.run_id and sent.status != STATUS[run.state(alive=alive)]:
         with connect(tracking_uri(run.root, run.spec().tracking.uri)) as client:
             _set_status(client, run, alive=alive)
+            if not alive:
+                _send_logbook(client, run)
 
 
 def _bring_up_to_date(run: Run, *, alive: bool | None) -> int:
@@ -213,6 +217,8 @@ def _bring_up_to_date(run: Run, *, alive: bool | None) -> int:
     dashboard.draw_loss(run)
     with connect(uri) as client:
         _send_files(client, run)
+        if alive is False:
+            _send_logbook(client, run)
     return lines
 
 
@@ -293,6 +299,27 @@ def _send_files(client: "MlflowClient", run: Run) -> None:
                 client.log_text(sent.run_id, mask(path.read_text(encoding="utf-8")), name)
             sent.artifacts[name] = path.stat().st_mtime_ns
         sent.dataset = log_dataset(client, run, sent)
+        sent.save(run)
+
+
+def _send_logbook(client: "MlflowClient", run: Run) -> None:
+    """Send it as a file and, unless a person has written there, as the run's description; the goodput as a metric."""
+    book = logbook.of(run, running=False)
+    page = logbook.markdown(run.name, book)
+    checksum = zlib.crc32(page.encode())
+    with run.lock("tracking", wait_s=LOCK_S):
+        sent = Sent.load(run)
+        if not book.entries or sent.artifacts.get("logbook.md") == checksum:
+            return
+        client.log_text(sent.run_id, page, "logbook.md")
+        if book.goodput is not None:
+            last = book.entries[-1]
+            ended_at = int(1000 * (last.began_at + last.held_s))
+            client.log_metric(sent.run_id, "perf/goodput", book.goodput, timestamp=ended_at, step=last.to_step)
+        note = client.get_run(sent.run_id).data.tags.get(NOTE, "")
+        if not note or note.startswith(logbook.HEADING):
+            client.set_tag(sent.run_id, NOTE, logbook.markdown(run.name, book, newest=20)[:MAX_NOTE])
+        sent.artifacts["logbook.md"] = checksum
         sent.save(run)
 
 

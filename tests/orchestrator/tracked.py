@@ -60,9 +60,12 @@ def end(run: Run, attempt: Attempt, cause: str) -> None:
 
 
 def stored(database: Path, run: Run) -> dict[str, list[Point]]:
-    """Every point in MLflow's own table, by metric: no client, no paging, no removal of duplicates."""
+    """Every point of a line in MLflow's own table, by metric: no client, no paging, no removal of duplicates."""
     run_id = json.loads((run.folder / "tracking.json").read_text())["run_id"]
-    query = "select key, step, value, timestamp, is_nan from metrics where run_uuid = ? order by key, step"
+    query = (
+        "select key, step, value, timestamp, is_nan from metrics "
+        "where run_uuid = ? and key != 'perf/goodput' order by key, step"  # of the whole run, not of a line
+    )
     with sqlite3.connect(database) as connection:
         rows = connection.execute(query, (run_id,)).fetchall()
     points: dict[str, list[Point]] = {}
