@@ -5,14 +5,16 @@ Starting it again after a crash is how a run is resumed.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from pathlib import Path
 
-from jobs.runtime import faults, slurm
+from jobs.runtime import beat, faults, slurm
 from jobs.runtime.job import Job, Ranks
 from orchestrator import registry, track
 from orchestrator.run import Attempt, Run
@@ -31,6 +33,8 @@ def main(folder: str) -> None:
     _log_to(run.folder / "logs" / f"{attempt}-{ranks.rank}.log")
     for name in ("attempts", "failures"):
         (run.folder / name).mkdir(exist_ok=True)
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # a warden asks where a frozen run hangs
+    signs = beat.start(run, attempt, ranks)
     forwarder = None
     record = Attempt(
         name=attempt,
@@ -40,8 +44,7 @@ def main(folder: str) -> None:
         started_at=time.time(),
     )
     metrics = track.Metrics(run, attempt) if ranks.rank == 0 else None
-    slurm_job, cause = slurm.job_of(run), ""
-    if slurm_job:
+    if slurm.job_of(run):
         slurm.set_rendezvous(ranks)
     try:
         experiment = run.spec()
@@ -57,9 +60,11 @@ def main(folder: str) -> None:
             stop=stop,
             metrics=metrics,
             record=record,
+            beat=signs,
         )
+        job.mark("start" if module.PER_GPU else "work")
         job.note()
-        if ranks.rank == 0:
+        if ranks.rank == 0 and not signs:  # else the warden has started it
             forwarder = track.start_forwarder(run)
         log.info("%s, attempt %s, rank %d of %d", run.name, attempt, ranks.rank, ranks.world)
         summary = module.run(job)
@@ -69,7 +74,6 @@ def main(folder: str) -> None:
     except faults.Stopped as stopped:
         log.info("saved and left: %s", stopped)
         job.note(cause=stopped.cause, to_step=stopped.step, ended_at=time.time())
-        cause = stopped.cause
     except BaseException as error:  # noqa: BLE001 - whatever it is, the next one to look must find it
         try:
             faults.record_failure(run, attempt, ranks.rank, error)
@@ -77,16 +81,15 @@ def main(folder: str) -> None:
                 record.cause, record.ended_at, record.note = "error", time.time(), str(error)
                 run.save_attempt(record)
             _finish(metrics, forwarder)
+            faults.let_the_first_go(error, told=bool(signs))
         finally:  # also where the disk is full
             os._exit(1)  # collectives of the lost peers would hang an orderly exit
-    _finish(metrics, forwarder if cause != "preempted" else None)  # there is no time; the next attempt sends the rest
+    _finish(metrics, forwarder)
     if "torch" in sys.modules:  # not after a stage that had no use for it
         from jobs.runtime import dist
 
         dist.close()
     job.rendezvous.unlink(missing_ok=True)
-    if slurm_job and cause and ranks.rank == 0 and not (cause == "preempted" and slurm.requeue(slurm_job)):
-        sys.exit(1)  # for `afterok`, by which a later stage waits, 0 means done
 
 
 def _log_to(path: Path) -> None:

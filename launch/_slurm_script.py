@@ -8,13 +8,14 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from launch import _slurm_container as images
 from orchestrator.errors import ConfigError
 from orchestrator.plan import estimate, signal_lead_s
+from orchestrator.recover import Patience
 from orchestrator.registry import find
 from orchestrator.run import Run
 from orchestrator.spec import Experiment
@@ -43,6 +44,7 @@ class Options:
     setup: list[str] = field(default_factory=list)  # lines of bash before the job, such as `module load cuda`
     environment: dict[str, str] = field(default_factory=dict)  # variables of the job; no secrets
     container: images.Container = field(default_factory=images.Container)
+    patience: Patience = field(default_factory=Patience)  # with ranks that give no sign of life
 
 
 def options(experiment: Experiment) -> Options:
@@ -56,6 +58,9 @@ def options(experiment: Experiment) -> Options:
                 f"`cluster.slurm.environment.{name}` cannot go into a script",
                 hint="a variable has a plain name and one line; keep secrets in a file of yours that `setup` reads",
             )
+    for name, value in vars(chosen.patience).items():
+        if value <= 0:
+            raise ConfigError(f"`cluster.slurm.patience.{name}` is {value:g}", hint="it must be more than 0")
     limit_s(chosen)
     images.check(chosen.container)
     return chosen
@@ -93,8 +98,31 @@ def sbatch_text(run: Run, experiment: Experiment, *, folder: Path, base: Mapping
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f"{interpreter(run, experiment, python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = guarded(run, experiment, folder=folder, python=python)
     return _make_sbatch_string(command=command, folder=folder, **parameters(run, experiment, base))
+
+
+def guarded(run: Run, experiment: Experiment, *, folder: Path, python: str) -> str:
+    """The script's last line: the warden, in the script's place, and behind it how it starts the ranks."""
+    chosen, stage = options(experiment), experiment.stages[run.stage]
+    expected = estimate(experiment, run.stage).save_s if find("jobs", stage.kind).PER_GPU else 0.0
+    waits = replace(chosen.patience, save_s=max(chosen.patience.save_s, math.ceil(10 * expected)))
+    other = {name: value for name, value in vars(waits).items() if value != getattr(Patience(), name)}
+    patience = [f"--{name.replace('_', '-')}={value:g}" for name, value in other.items()]
+    warden = [python, "-u", "-m", "jobs.runtime.warden", str(run.folder), *patience, "--"]
+    srun = ["srun", "--unbuffered", f"--output={folder}/%j_%t_log.out", *srun_options(run, experiment)]
+    rank = f"{interpreter(run, experiment, python)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return f"exec {shlex.join([*warden, *srun])} {rank}"
+
+
+def srun_options(run: Run, experiment: Experiment) -> list[str]:
+    """From Slurm 22.05 on srun does not take over --cpus-per-task, nor, after --export=NIL, the script's variables."""
+    chosen = options(experiment)
+    environment = carried(_cpus(experiment, run.stage, chosen), chosen)
+    return [
+        *("--kill-on-bad-exit=1", "--export=ALL", "--open-mode=append"),
+        *images.srun_options(chosen.container, run, experiment.data, environment),
+    ]
 
 
 def interpreter(run: Run, experiment: Experiment, python: str) -> str:
@@ -108,7 +136,7 @@ def parameters(run: Run, experiment: Experiment, base: Mapping[str, str]) -> dic
     chosen, cluster, stage = options(experiment), experiment.cluster, experiment.stages[run.stage]
     per_gpu = find("jobs", stage.kind).PER_GPU
     tasks = cluster.gpus_per_node if per_gpu else 1
-    cpus = chosen.cpus_per_task and chosen.cpus_per_task * cluster.gpus_per_node // tasks
+    cpus = _cpus(experiment, run.stage, chosen)
     on_gpu = per_gpu and cluster.gpu != "cpu"
     limit = limit_s(chosen)
     asked = {
@@ -125,11 +153,7 @@ def parameters(run: Run, experiment: Experiment, base: Mapping[str, str]) -> dic
         "signal_delay_s": lead_s(experiment, run.stage),
         "wckey": None,
         "stderr_to_stdout": True,
-        # From Slurm 22.05 on srun does not take over --cpus-per-task, nor, after --export=NIL, the script's variables.
-        "srun_args": [
-            *("--kill-on-bad-exit=1", "--export=ALL", "--open-mode=append"),
-            *images.srun_options(chosen.container, run, experiment.data, carried(cpus, chosen)),
-        ],
+        "use_srun": False,  # the warden does
         "setup": [
             *_setup(run, chosen, cpus, base),
             *images.preparation(chosen.container, experiment.data),
@@ -141,6 +165,13 @@ def parameters(run: Run, experiment: Experiment, base: Mapping[str, str]) -> dic
             **{key: value for key, value in asked.items() if value is not None},
         },
     }
+
+
+def _cpus(experiment: Experiment, stage: str, chosen: Options) -> int | None:
+    """CPUs of a task: those of its GPU, or of all GPUs of a node."""
+    gpus = experiment.cluster.gpus_per_node
+    tasks = gpus if find("jobs", experiment.stages[stage].kind).PER_GPU else 1
+    return chosen.cpus_per_task and chosen.cpus_per_task * gpus // tasks
 
 
 def _setup(run: Run, chosen: Options, cpus: int | None, base: Mapping[str, str]) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from launch import Seen, open_box
 from launch import _slurm_preflight as probe
 from launch import _slurm_queue as queue
-from launch._slurm_script import interpreter, lead_s, limit_s, options, parameters, sbatch_text
+from launch._slurm_script import guarded, lead_s, limit_s, options, parameters, sbatch_text
 from orchestrator.errors import LaunchError
 from orchestrator.logbook import Ended
 from orchestrator.run import Run, Submission
@@ -135,13 +135,18 @@ def _sbatch(run: Run, number: int, behind: str | None) -> str:
 
     from jobs.__main__ import main as job_main
 
+    experiment, folder = run.spec(), run.folder / "submitit" / str(number)
+
     class Executor(SlurmExecutor):
+        @property
+        def _submitit_command_str(self) -> str:
+            return guarded(run, experiment, folder=folder, python=sys.executable)
+
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
             after = [f"--dependency=afterok:{behind}", "--kill-on-invalid-dep=yes"] if behind else []
             return ["timeout", str(queue.COMMAND_S), "sbatch", "--hold", *after, str(submission_file_path)]
 
-    experiment = run.spec()
-    executor = Executor(run.folder / "submitit" / str(number), python=interpreter(run, experiment, sys.executable))
+    executor = Executor(folder)
     executor.update_parameters(**parameters(run, experiment, os.environ))
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from orchestrator.errors import ConfigError, LaunchError
+from orchestrator.recover import by_blame
 from orchestrator.spec import Experiment
 
 # Why an attempt ended. Asked to leave: cancelled (by the user), preempted (told in time, or not, that the scheduler
@@ -38,6 +39,7 @@ Cause = Literal[
     "", "done", "cancelled", "preempted", "requeued", "error", "hardware", "frozen", "lost", "fruitless"
 ]  # fmt: skip
 State = Literal["new", "queued", "running", "done", "stopped", "failed"]
+ASKED: tuple[Cause, ...] = ("cancelled", "preempted", "requeued")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -101,6 +103,7 @@ class Attempt:
     ended_at: float | None = None
     cause: Cause = ""  # empty while it runs, and for ever if it was killed
     checkpoint_step: int = 0  # of the last checkpoint committed
+    phases: dict[str, float] = field(default_factory=dict)  # seconds from started_at to: imports, ranks, engine, ...
     note: str = ""  # why it ended, in a sentence
     next: Literal["", "requeue", "stop"] = ""  # what the warden did about it
     nodes: str = ""  # it ran on, as Slurm lists them: `node[1-4]`
@@ -213,15 +216,15 @@ class Run:
         started = last is not None and last.name.partition("r")[0] == str(self.submissions[-1].number)
         if alive and not (started and last and last.next == "stop"):
             return "running" if started and last and not last.next else "queued"
-        return "stopped" if started and last and last.cause in ("cancelled", "preempted") else "failed"
+        return "stopped" if started and last and last.cause in ASKED else "failed"
 
     def failures(self, attempt: str) -> list[dict[str, Any]]:
-        """What the ranks of ``attempt`` raised, the first to fail first.
+        """What the ranks of ``attempt`` raised, the first to fail first; behind it those it took along.
 
         Each has ``rank``, ``time``, ``type``, ``message``, ``hint`` and ``traceback``.
         """
         files = (self.folder / "failures").glob(f"{attempt}-*.json")
-        return sorted((read_json(f) for f in files), key=lambda f: f["time"])
+        return by_blame([read_json(f) for f in files])
 
     def heartbeat(self) -> dict[str, Any]:
         """The last sign of life: ``attempt, step, steps, tokens, loss, tokens_per_s, time``; or empty."""

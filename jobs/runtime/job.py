@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from orchestrator.run import Attempt, Run
 from orchestrator.spec import Experiment, StageSpec
 
 if TYPE_CHECKING:
+    from jobs.runtime.beat import Beat
+    from orchestrator.recover import Phase
     from orchestrator.track import Metrics
 
 
@@ -62,6 +65,7 @@ class Job:
     record: Attempt
     stop: StopFlag = field(default_factory=StopFlag)
     metrics: Metrics | None = None  # of rank 0
+    beat: Beat | None = None  # where a warden looks
 
     @property
     def place(self) -> Place:
@@ -79,6 +83,15 @@ class Job:
             setattr(self.record, key, value)
         if self.ranks.rank == 0:
             self.run.save_attempt(self.record)
+
+    def mark(self, phase: Phase | None = None, step: int | None = None) -> None:
+        """Show that this rank has got on, to ``phase`` if given; ``step``: as many are done, and the next begins."""
+        if self.beat:
+            self.beat.mark(phase, step)
+
+    def reached(self, phase: str) -> None:
+        """Remember for the next ``note`` how long it took from the start until ``phase`` was over, the first time."""
+        self.record.phases.setdefault(phase, round(time.time() - self.record.started_at, 3))
 
     def report(self, step: int, values: Mapping[str, float], *, tokens: int) -> None:
         """Log one step: a line, `metrics.jsonl`, the heartbeat. Any rank may call it; rank 0 writes."""

@@ -1,23 +1,14 @@
-"""The job's side of Slurm: where the ranks meet, and going back into the queue.
-
-submitit's own handler would requeue from rank 0 at once, before the others have saved; here the loop
-decides together, and only then is Slurm told.
-"""
+"""The ranks' side of Slurm: whose job they are, and where they meet. What comes after them is the warden's."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 
 from jobs.runtime.job import Ranks
 from orchestrator.run import Run
 
-log = logging.getLogger(__name__)
-
-COMMAND_S = 60
 PORTS = range(12_000, 32_000)  # below the ephemeral ones (32768 on Linux), above most services
 
 
@@ -50,17 +41,3 @@ def first_host(nodelist: str) -> str:
     first = re.match(r"(?:[^,\[]|\[[^]]*\])*", nodelist)
     assert first, "an empty pattern matches too"
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first[0])
-
-
-def requeue(job_id: str) -> bool:
-    """Put the job back into the queue, which ends it here. For rank 0 alone, once all have saved."""
-    try:
-        done = subprocess.run(
-            ["scontrol", "requeue", job_id], capture_output=True, text=True, timeout=COMMAND_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as e:
-        log.warning("job %s could not be requeued: %s", job_id, e)
-        return False
-    if done.returncode:  # also where the scheduler, which preempts it, has done so already
-        log.warning("job %s could not be requeued: %s", job_id, done.stderr.strip())
-    return done.returncode == 0

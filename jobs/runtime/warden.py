@@ -1,0 +1,312 @@
+"""`python -m jobs.runtime.warden RUN -- srun ...`: what a batch script runs around the ranks.
+
+It starts them, watches their signs of life, and once they are gone says what it was and does what is next: leave
+with status 0 when the target step was reached (a later stage waits for that by `afterok`), put the job back into
+the queue, or leave with 1. What is to be done is decided by `orchestrator.recover`, this only looks and acts. It
+also keeps the forwarder to MLflow, which so neither holds up the ranks nor dies with them. Nothing heavy is
+imported.
+
+What Slurm does here, seen on 22.05: a requeue, a cancel or a time limit sends SIGTERM to every process of the
+batch step, SIGKILL after `KillWait`. ExcNodeList can be changed only while a job is pending, and after `scontrol
+requeue` it is, but does not start again before the last process of its batch step, this one, is gone: so excluding
+a node then is no race.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from jobs.runtime import beat
+from jobs.runtime.faults import attempt_name, is_current
+from orchestrator import recover, track
+from orchestrator.recover import Decision, Evidence, Frozen, Patience
+from orchestrator.run import Attempt, Run, read_json, write_json
+
+log = logging.getLogger("warden")
+
+COMMAND_S = 60  # for one Slurm command; a controller that restarts answers within this
+POLL_S = 0.25
+STACKS_S = 3.0  # for the ranks to write where they hang
+KILLED_S = 90.0  # for Slurm to kill them; a process that hangs in the kernel may resist
+FAREWELL_S = 60.0  # for the forwarder, which gives up by itself 15 s after it has read the last line
+
+
+class Warden:
+    """One start of the job, from before its ranks to after them."""
+
+    def __init__(self, run: Run, patience: Patience) -> None:
+        self.run, self.patience = run, patience
+        self.job_id = os.environ["SLURM_JOB_ID"]
+        self.name = attempt_name(run)
+        self.world = int(os.environ["SLURM_JOB_NUM_NODES"]) * int(os.environ["SLURM_NTASKS_PER_NODE"])
+        self.told = False
+        self.said: list[str] = []  # by srun, line by line
+        self._forwarder: track.Forwarder | None = None
+        self._began = time.time()
+        signal.signal(signal.SIGTERM, self._tell)
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the ranks', who are told themselves
+            signal.signal(number, signal.SIG_IGN)
+
+    def _tell(self, *_: object) -> None:
+        self.told = True
+
+    def guard(self, command: Sequence[str]) -> int:
+        """Run the ranks by ``command``; return the exit status of the job."""
+        self._close_others()
+        count = recover.fruitless(self._mine()[:-1])
+        if count >= self.patience.attempts:  # Slurm itself may requeue, without asking
+            self._save_end(cause="fruitless", next="stop", note=recover.fruitless_note(count))
+            return 1
+        self._forwarder = track.start_forwarder(self.run)
+        frozen, status = self._run(command)
+        if not is_current(self.run, self.name):
+            log.warning("a newer attempt has taken over: nothing is done")
+            return 1
+        return self._act(recover.decide(self._evidence(frozen, status)))
+
+    # Before
+
+    def _mine(self) -> list[Attempt]:
+        """The attempts of this submission, oldest first; the last one is this."""
+        number = self.name.partition("r")[0]
+        there = {a.name: a for a in self.run.attempts() if a.name.partition("r")[0] == number}
+        here = there.pop(self.name, None) or Attempt(
+            name=self.name,
+            job_id=self.job_id,
+            world=self.world,
+            host=socket.gethostname(),
+            started_at=self._began,
+        )
+        here.nodes = os.environ["SLURM_JOB_NODELIST"]
+        return [*there.values(), here]
+
+    def _close_others(self) -> None:
+        """Say how earlier attempts ended whose warden could not; their signs of life are removed."""
+        by_slurm = {str(s.number) for s in self.run.submissions if s.launcher == "slurm"}
+        for attempt in self.run.attempts():
+            number = attempt.name.partition("r")[0]
+            if attempt.name == self.name or attempt.next or number not in by_slurm:
+                continue
+            if draft := read_json(self._draft(attempt.name)):
+                self.run.save_end(Attempt(**draft))
+                continue
+            files = [*beat.beats(self.run).glob(f"{attempt.name}-*.json"), self.run.folder / "heartbeat.json"]
+            seen = max((f.stat().st_mtime for f in files if f.exists()), default=attempt.started_at)
+            if not attempt.cause:
+                attempt.cause, attempt.note = "lost", "left no word: its first node died, or all of it at once"
+            attempt.ended_at = attempt.ended_at or max(seen, attempt.started_at)
+            attempt.next = "requeue" if number == self.name.partition("r")[0] else "stop"
+            self.run.save_end(attempt)
+        shutil.rmtree(beat.beats(self.run), ignore_errors=True)
+
+    # While the ranks run
+
+    def _run(self, command: Sequence[str]) -> tuple[Frozen | None, int]:
+        """Start the ranks and watch them; return who froze, and srun's exit status."""
+        env = os.environ | {beat.PERIOD: f"{self.patience.beat_s:g}"}
+        srun = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", env=env)
+        reader = threading.Thread(target=self._listen, args=[srun], daemon=True)
+        reader.start()
+        watch = recover.Watch(self.world, self.patience, now=time.monotonic())
+        frozen, look_at, drafted = None, 0.0, False
+        while srun.poll() is None:
+            time.sleep(POLL_S)
+            if self.told and not drafted:
+                self._write_draft()
+                drafted = True
+            if time.monotonic() >= look_at and not frozen:
+                look_at = time.monotonic() + self.patience.beat_s / 2
+                frozen = watch.see(beat.read(self.run, self.name), now=time.monotonic())
+                if frozen:
+                    log.error("%s", frozen.why)
+                    self._end_step(srun)
+        reader.join(5)
+        return frozen, srun.returncode
+
+    def _listen(self, srun: subprocess.Popen[str]) -> None:
+        assert srun.stderr
+        for line in srun.stderr:
+            self.said.append(line.rstrip("\n"))
+            log.info("%s", self.said[-1])
+
+    def _write_draft(self) -> None:
+        """Note how this attempt seems to end: Slurm may kill this process before the last rank has left."""
+        if self._forwarder:
+            self._forwarder.kill()  # it does not leave for a signal; what it has not sent, the next one sends
+        record = self._mine()[-1]
+        decision = recover.decide(self._evidence(None, 0))
+        record.cause, record.next = record.cause or decision.cause, decision.next
+        record.note, record.ended_at = record.note or decision.note, time.time()
+        (self.run.folder / "ends").mkdir(exist_ok=True)
+        write_json(self._draft(self.name), dataclasses.asdict(record))
+
+    def _draft(self, name: str) -> Path:
+        return self.run.folder / "ends" / f"{name}.draft"
+
+    def _end_step(self, srun: subprocess.Popen[str]) -> None:
+        """Let every rank that can write where it is into its log, then end them all."""
+        _, listed = _slurm("squeue", "--noheader", "--steps", f"--jobs={self.job_id}", "--format=%i")
+        steps = [step for step in listed.split() if step.rpartition(".")[2].isdigit()]
+        for number in ("QUIT", "KILL"):
+            for step in steps:
+                _slurm("scancel", f"--signal={number}", step)
+            with suppress(subprocess.TimeoutExpired):
+                srun.wait(STACKS_S if number == "QUIT" else KILLED_S)
+        srun.kill()
+
+    # After
+
+    def _evidence(self, frozen: Frozen | None, status: int) -> Evidence:
+        record, job = self._mine()[-1], self._job()
+        node_of = {sign.rank: sign.node for sign in beat.read(self.run, self.name)}
+        left = recover.exits(self.said)
+        node_of |= {x.ranks[0]: x.node for x in left if len(x.ranks) == 1 and x.ranks[0] not in node_of}
+        again = int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        over = job["JobState"] not in ("RUNNING", "SUSPENDED") if job else self.told
+        limit_s = _seconds(job.get("TimeLimit", ""))
+        return Evidence(
+            world=self.world,
+            noted=record.cause,
+            note=record.note,
+            told="requeued" if again else "over" if over else "",
+            time_is_up=limit_s is not None and time.time() - self._began >= limit_s - 2,
+            preempting=job.get("PreemptTime", "None") not in ("None", "Unknown"),
+            frozen=frozen,
+            failures=self.run.failures(self.name),
+            said=tuple(self.said),
+            status=status,
+            node_of=node_of,
+            last_words=self._last_words([rank for x in left for rank in x.ranks]),
+            fruitless=recover.fruitless(self._mine()),
+            patience=self.patience,
+        )
+
+    def _last_words(self, ranks: Sequence[int]) -> str:
+        number = self.name.partition("r")[0]
+        for rank in ranks:
+            for file in (
+                self.run.folder / "logs" / f"{self.name}-{rank}.log",
+                self.run.folder / "submitit" / number / f"{self.job_id}_{rank}_log.out",
+            ):
+                with suppress(OSError):
+                    said = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+                    said = [line for line in said if not line.startswith(("srun:", "slurmstepd"))]
+                    if said:
+                        return said[-1].strip()
+        return ""
+
+    def _job(self) -> dict[str, str]:
+        """What Slurm says of the job, by its own keys; nothing where it does not answer."""
+        status, said = _slurm("scontrol", "show", "job", self.job_id)
+        pairs = (word.partition("=") for word in said.split()) if status == 0 else ()
+        return {key: value for key, _, value in reversed([*pairs])}  # of two, the first
+
+    def _act(self, decision: Decision) -> int:
+        """Do what was decided; return the exit status of the job."""
+        log.info("%s, %s: %s", decision.cause, decision.next, decision.note)
+        job, note, excluded = self._job(), decision.note, self._excluded()
+        again = int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        avoid = [node for node in decision.nodes if node not in excluded]
+        if avoid and decision.next == "requeue":
+            listed = job.get("ExcNodeList", "(null)").replace("(null)", "")
+            avoid_all = ",".join(filter(None, [listed, *avoid]))
+            if problem := self._needs(avoid_all):
+                note, avoid = f"{note}; not excluded: {problem}", []
+        else:
+            avoid = []
+        end = {"cause": decision.cause, "ranks": list(decision.ranks), "culprits": list(decision.nodes)}
+        self._save_end(**end, next=decision.next, note=note, excluded=[*excluded, *avoid])
+        if decision.next == "stop":
+            if self._forwarder:
+                with suppress(subprocess.TimeoutExpired):
+                    self._forwarder.wait(FAREWELL_S)
+            return 0 if decision.cause == "done" else 1
+
+        status, said = (0, "") if again else _slurm("scontrol", "requeue", self.job_id)
+        if status and int(self._job().get("Restarts", "0")) <= int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            self._save_end(**end, next="stop", note=f"{note}; not requeued: {said}", excluded=excluded)
+            return 1
+        if self._forwarder:
+            self._forwarder.kill()
+        if avoid:
+            status, said = _slurm("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={avoid_all}")
+            if status:
+                self._save_end(**end, next="requeue", note=f"{note}; not excluded: {said}", excluded=excluded)
+        return 0
+
+    def _excluded(self) -> list[str]:
+        """Nodes that earlier attempts of this submission were put down to."""
+        return next((a.excluded for a in reversed(self._mine()[:-1]) if a.excluded), [])
+
+    def _needs(self, nodes: str) -> str:
+        """Why the job cannot do without ``nodes``, or nothing: Slurm is asked whether it could run it then."""
+        script = next(self.run.folder.glob(f"submitit/{self.name.partition('r')[0]}/*_submission.sh"), None)
+        status, said = _slurm("sbatch", "--test-only", f"--exclude={nodes}", str(script))
+        return "" if status == 0 else f"without {nodes}: {said or 'no answer'}"
+
+    def _save_end(self, **changes: object) -> None:
+        record = self._mine()[-1]
+        record.ended_at = record.ended_at or time.time()
+        for key, value in changes.items():
+            setattr(record, key, value)
+        self.run.save_end(record)
+
+
+def _slurm(*command: str) -> tuple[int, str]:
+    """Exit status and words of a Slurm command. SIGTERM, which Slurm sends to all processes here, does not end it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # inherited
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        log.warning("%s", e)
+        return 1, str(e)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    said = " ".join((done.stdout if done.returncode == 0 else done.stderr or done.stdout).split())
+    if done.returncode:
+        log.warning("`%s`: %s", " ".join(command), said)
+    return done.returncode, said
+
+
+def _seconds(text: str) -> int | None:
+    """`1-00:30:00` as seconds; None for what is no time, such as `UNLIMITED`."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, days or "0"]):
+        return None
+    seconds = 0
+    for part in parts:
+        seconds = 60 * seconds + int(part)
+    return int(days or 0) * 86400 + seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the command line, and guard what it says."""
+    split = argv.index("--")
+    parser = argparse.ArgumentParser(prog="python -m jobs.runtime.warden", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    for f in dataclasses.fields(Patience):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
+    given = vars(parser.parse_args(argv[:split]))
+    run = Run.load(given.pop("folder").resolve())
+    (run.folder / "logs").mkdir(exist_ok=True)
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(run.folder / "logs" / "warden.log")]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
+    return Warden(run, Patience(**given)).guard(argv[split + 1 :])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

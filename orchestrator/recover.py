@@ -1,0 +1,342 @@
+"""After an attempt ended: what was it, and what comes next? Pure functions of what was seen, nothing else.
+
+`jobs/runtime/warden.py` looks, at ranks, `srun` and Slurm, and does what is decided here. The kinds of failure, and
+that a crash loop is stopped by progress rather than by a number of restarts, follow nvidia-resiliency-ext; that the
+first error counts and not its echo on the other ranks is what users of torchrun ask for (pytorch#60910).
+
+    asked to leave           requeue after a preemption, stop after a cancel
+    error of a user          stop: the next attempt would end the same way
+    hardware, frozen, lost   requeue, away from the node that is to blame; stop when three in a row brought nothing
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["user", "hardware", "peer"]
+Phase = Literal["start", "step", "evaluate", "save", "work"]  # work: a stage without steps, of no known pace
+
+# What a rank raises when its machine is to blame. CUDA's and NCCL's words as in their headers and logs; Xid 48, 79,
+# 94 and 95 are how the driver names memory and bus errors (docs.nvidia.com/deploy/xid-errors).
+HARDWARE = re.compile(
+    r"\bECC\b|\bXid\b|GPU is lost|fallen off the bus|devices? unavailable|hardware stack error|no CUDA-capable device"
+    r"|CUDA unknown error|system not yet initialized|NVLink|ncclSystemError|unhandled system error|Bus error"
+    r"|Input/output error|Remote I/O error|Stale file handle|Transport endpoint is not connected",
+    re.IGNORECASE,
+)
+# What a rank raises because another one has gone: gloo's, NCCL's and the store's words.
+PEER = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|connection (?:was )?(?:closed|lost|aborted)"
+    r"|socket (?:closed|timeout)|timed out waiting|wait timeout|collective operation timeout|ncclRemoteError"
+    r"|remote process exited|failed to recv|pair closure|heartbeat monitor|communicator was aborted",
+    re.IGNORECASE,
+)
+PEER_TYPES = frozenset({"ConnectionError", "DistNetworkError", "DistStoreError"})
+FULL = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+# srun: `srun: error: node2: task 1: Killed`, the first to go first; then it says that it ends the others.
+EXIT = re.compile(r"srun: error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
+NODE_FAILURE = re.compile(r"srun: error: Node failure on (?P<node>\S+)")
+ENDING = re.compile(r"srun: .*(?:Terminating StepId|Job step aborted|forcing job termination)")
+VANISHED = ("Killed", "Bus error", "Segmentation fault", "Illegal instruction", "Terminated", "Hangup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long the warden waits: `cluster.slurm.patience`. Seconds, but for ``steps`` and ``attempts``."""
+
+    steps: float = 10  # as many median steps may pass without a step ending,
+    step_s: float = 300  # and at least this long
+    start_s: float = 3600  # from the ranks' start to the end of the first step: imports, loading, compiling
+    save_s: float = 1800  # for a checkpoint; ten times what the plan expects, where that is more
+    silent_s: float = 300  # a rank without a sign of life, while others give theirs and no step ends
+    beat_s: float = 10  # between two signs of life
+    attempts: int = 3  # in a row that bring no new checkpoint, and the run stops
+
+
+# Looking at the ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    """What a rank says of itself every few seconds."""
+
+    rank: int
+    node: str
+    phase: Phase
+    step: int
+    marks: int  # places it has passed, the same on all ranks between two collectives
+    beats: int  # signs so far
+    step_s: float = 0.0  # median of its last steps; 0: unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """No progress any more. ``ranks`` and ``nodes`` are empty where nobody can be named."""
+
+    why: str
+    ranks: tuple[int, ...] = ()
+    nodes: tuple[str, ...] = ()
+
+
+class Watch:
+    """Who is alive, judged by one clock: the ranks' own may differ."""
+
+    def __init__(self, world: int, patience: Patience, *, now: float) -> None:
+        self.patience, self._world = patience, world
+        self._last: dict[int, Sign] = {}
+        self._heard = dict.fromkeys(range(world), now)
+        self._began = self._moved = now
+
+    def see(self, signs: Sequence[Sign], *, now: float) -> Frozen | None:
+        """Take in what the ranks say now; return who froze, if it has lasted too long."""
+        for sign in signs:
+            last = self._last.get(sign.rank)
+            if last is None or sign.beats != last.beats:
+                self._heard[sign.rank] = now
+            if last is None or sign.marks != last.marks:
+                self._moved = now
+            self._last[sign.rank] = sign
+        idle_s, p = now - self._moved, self.patience
+        silent = [rank for rank, at in self._heard.items() if now - at > self._silence_s(rank)]
+        if silent and len(silent) < self._world and idle_s > p.silent_s:
+            return self._name(silent, f"no sign of life for {min(now - self._heard[r] for r in silent):.0f} s")
+        limit_s = self._limit_s(everyone_silent=len(silent) == self._world)
+        if idle_s <= limit_s:
+            return None
+        behind = silent if len(silent) < self._world else []
+        if not behind and len(self._last) == self._world:  # all live: who has not come to where the others wait?
+            least = min(sign.marks for sign in self._last.values())
+            behind = [rank for rank, sign in self._last.items() if sign.marks == least]
+            if len(behind) == self._world or len({self._last[r].node for r in behind}) > 1:
+                behind = []
+        return self._name(behind, f"no progress for {idle_s:.0f} s, where {limit_s:.0f} s are allowed")
+
+    def _silence_s(self, rank: int) -> float:
+        """A rank that was never heard of may still be loading Python from a slow disk."""
+        return self.patience.silent_s if rank in self._last else self.patience.start_s
+
+    def _limit_s(self, *, everyone_silent: bool) -> float:
+        p, signs = self.patience, self._last.values()
+        step_s = max((s.step_s for s in signs), default=0.0)
+        at_pace = max(p.steps * step_s, p.step_s) if step_s else p.start_s
+        limits = {"start": p.start_s, "step": at_pace, "evaluate": at_pace, "save": max(p.save_s, at_pace)}
+        limits["work"] = p.start_s if everyone_silent else math.inf
+        return max((limits[s.phase] for s in signs), default=p.start_s)
+
+    def _name(self, ranks: Sequence[int], what: str) -> Frozen:
+        nodes = sorted({self._last[r].node for r in ranks if r in self._last})
+        step = max((s.step for s in self._last.values()), default=0)
+        phases = sorted({s.phase for s in self._last.values()})
+        where = f"after step {step}, in `{'`, `'.join(phases)}`" if phases else "before any rank was there"
+        who = f"{_ranks(ranks)} on {', '.join(nodes) or 'an unknown node'}" if ranks else "all ranks together"
+        return Frozen(why=f"frozen {where}: {who}: {what}", ranks=tuple(ranks), nodes=tuple(nodes))
+
+
+# Looking at what is left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """Ranks that left before `srun` ended the others, in the order they left."""
+
+    ranks: tuple[int, ...]
+    node: str
+    how: str  # `Killed`, `Exited with exit code 1`
+
+
+def exits(said: Sequence[str]) -> list[Exit]:
+    """Who left by itself, by what ``srun`` said on stderr. What it says once it ends the rest is no news."""
+    found: list[Exit] = []
+    for line in said:
+        if ENDING.search(line):
+            break
+        if match := EXIT.search(line):
+            found.append(Exit(ranks=_numbers(match["ranks"]), node=match["node"], how=match["how"].strip()))
+    return found
+
+
+def failed_nodes(said: Sequence[str]) -> list[str]:
+    """Nodes that Slurm gave up, by what ``srun`` said on stderr."""
+    return [match["node"] for line in said if (match := NODE_FAILURE.search(line))]
+
+
+def kind(failure: Mapping[str, Any]) -> Kind:
+    """Whose fault an entry of ``failures/`` is; what is not known to be another's is the user's."""
+    types, message = {failure["type"], *failure.get("bases", ())}, str(failure["message"])
+    if "OrchError" in types:
+        return "user"
+    if HARDWARE.search(message):
+        return "hardware"
+    return "peer" if types & PEER_TYPES or PEER.search(message) else "user"
+
+
+def by_blame(failures: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """``failures`` with those in front that explain the others; among equals the earliest."""
+    order: dict[Kind, int] = {"user": 0, "hardware": 0, "peer": 1}
+    return sorted(failures, key=lambda failure: (order[kind(failure)], failure["time"]))
+
+
+def memory_hint(failure: Mapping[str, Any], planned_gb: float | None) -> str:
+    """For an error of too little memory: what was planned and what was used; else nothing."""
+    if failure["type"] not in ("MemoryError", "OutOfMemoryError") and not FULL.search(str(failure["message"])):
+        return ""
+    peak = failure.get("peak_memory_gb")
+    said = [f"{planned_gb:.1f} GB planned"] if planned_gb else []
+    said += [f"{peak:.1f} GB measured at its peak"] if peak else []
+    return f"memory of a rank: {', '.join(said) or 'unknown'}; lower `micro_batch`, or `recompute`, or shard more"
+
+
+# Deciding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """All that is known of an attempt once its ranks are gone."""
+
+    world: int
+    noted: str = ""  # the cause that rank 0 noted
+    note: str = ""  # and what it wrote beside it
+    told: Literal["", "requeued", "over"] = ""  # Slurm ends the job from outside: to start it again, or for good
+    time_is_up: bool = False
+    preempting: bool = False  # Slurm has told the job to make room
+    frozen: Frozen | None = None
+    failures: Sequence[Mapping[str, Any]] = ()
+    said: Sequence[str] = ()  # srun, line by line, before the warden itself ended anything
+    status: int = 0  # srun's
+    node_of: Mapping[int, str] = field(default_factory=dict)
+    last_words: str = ""  # of the first rank that left without a word in `failures/`
+    fruitless: int = 1  # attempts in a row without a new checkpoint, this one included; 0: it brought one
+    patience: Patience = field(default_factory=Patience)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What an attempt's end was, and what is next."""
+
+    cause: Literal["done", "cancelled", "preempted", "requeued", "error", "hardware", "frozen", "lost"]
+    next: Literal["requeue", "stop"]
+    note: str
+    ranks: tuple[int, ...] = ()
+    nodes: tuple[str, ...] = ()  # to stay away from
+
+
+def decide(e: Evidence) -> Decision:  # noqa: PLR0911 a table, read from the top
+    """What to do after an attempt. A reason is always given."""
+    if e.noted == "done":
+        return Decision(cause="done", next="stop", note=e.note or "the target step is reached")
+    if e.noted == "preempted" or (e.noted == "cancelled" and (e.preempting or e.told == "requeued")):
+        return Decision(cause="preempted", next="requeue", note=e.note or "saved when told to make room")
+    if e.noted == "cancelled":
+        return Decision(cause="cancelled", next="stop", note=e.note or "saved and left when told to")
+    failures = by_blame(e.failures)
+    if failures and kind(failures[0]) == "user":
+        return _error(failures[0])
+    if e.told:
+        return _from_outside(e)
+    found = e.frozen and Decision(
+        cause="frozen", next="requeue", note=e.frozen.why, ranks=e.frozen.ranks, nodes=e.frozen.nodes
+    )
+    found = found or _machine(e, failures)
+    if found.next == "requeue" and e.fruitless >= e.patience.attempts:
+        note = f"{found.note}; {fruitless_note(e.fruitless)}"
+        return Decision(cause=found.cause, next="stop", note=note, ranks=found.ranks, nodes=found.nodes)
+    return found
+
+
+def fruitless_note(attempts: int) -> str:
+    """Why a run is stopped that could go on."""
+    return f"stopped: {attempts} attempts in a row brought no new checkpoint"
+
+
+def fruitless(attempts: Sequence[Any]) -> int:
+    """How many of the newest of one submission's ``attempts`` brought no new checkpoint.
+
+    Those that were asked to leave are passed over: that others come first says nothing about this run.
+    """
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.checkpoint_step > attempt.from_step:
+            break
+        count += attempt.cause not in ("preempted", "requeued", "cancelled")
+    return count
+
+
+def _error(failure: Mapping[str, Any]) -> Decision:
+    rank = int(failure["rank"])
+    return Decision(
+        cause="error",
+        next="stop",
+        note=f"rank {rank}: {failure['type']}: {failure['message']}",
+        ranks=(rank,),
+    )
+
+
+def _from_outside(e: Evidence) -> Decision:
+    """Slurm ended the job; it has decided already, and is only understood."""
+    if e.told == "requeued" and (nodes := failed_nodes(e.said)):
+        return Decision(cause="lost", next="requeue", note=f"node failure: {', '.join(nodes)}", nodes=tuple(nodes))
+    if e.told == "requeued":
+        return Decision(cause="requeued", next="requeue", note="Slurm requeued it at once: preempted, or by hand")
+    if e.time_is_up:
+        return Decision(cause="preempted", next="requeue", note="the time was up before all ranks had saved")
+    return Decision(cause="cancelled", next="stop", note="the job was cancelled at once")
+
+
+def _machine(e: Evidence, failures: Sequence[Mapping[str, Any]]) -> Decision:  # noqa: PLR0911 the same
+    """The end of an attempt that nobody asked for, and for which no rank named an error of the user."""
+    left = exits(e.said)
+    full = [x for x in left if x.how.startswith("Out Of Memory")]
+    if full or any("oom_kill" in line or "oom-kill" in line for line in e.said):
+        ranks = full[0].ranks if full else ()
+        who = f"{_ranks(ranks)} on {full[0].node}" if full else "a rank"
+        return Decision(
+            cause="error",
+            next="stop",
+            note=f"{who}: killed for using more memory than the job has on a node: ask for more with `mem`",
+            ranks=ranks,
+        )
+    if failures and kind(failures[0]) == "hardware":
+        return _blame("hardware", [int(failures[0]["rank"])], f"{failures[0]['type']}: {failures[0]['message']}", e)
+    if nodes := failed_nodes(e.said):
+        return Decision(cause="lost", next="requeue", note=f"node failure: {', '.join(nodes)}", nodes=tuple(nodes))
+    wordless = [x for x in left if not {*x.ranks} & {int(f["rank"]) for f in failures}]
+    for x in wordless:
+        if x.how.startswith(VANISHED):
+            return _blame("lost", x.ranks, f"left without a word: {x.how}", e)
+    if failures:
+        first = failures[0]
+        note = f"only lost connections were seen, first by rank {first['rank']}: {first['message']}"
+        return Decision(cause="lost", next="requeue", note=note)
+    for x in wordless:
+        if x.how.startswith("Exited"):
+            note = f"{_ranks(x.ranks)} on {x.node}: {x.how.lower()}, before it could say why"
+            said = f": {e.last_words}" if e.last_words else ""
+            return Decision(cause="error", next="stop", note=note + said, ranks=x.ranks)
+    if e.status == 0:
+        note = "all ranks left in order, and the target step is not reached"
+        return Decision(cause="error", next="stop", note=note)
+    return Decision(cause="lost", next="requeue", note=f"srun ended with status {e.status}{_quoted(e.said)}")
+
+
+def _blame(cause: Literal["hardware", "lost"], ranks: Sequence[int], what: str, e: Evidence) -> Decision:
+    nodes = tuple(sorted({e.node_of[r] for r in ranks if r in e.node_of}))
+    note = f"{_ranks(ranks)} on {', '.join(nodes) or 'an unknown node'}: {what}"
+    return Decision(cause=cause, next="requeue", note=note, ranks=tuple(ranks), nodes=nodes)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _quoted(said: Sequence[str]) -> str:
+    last = [line.removeprefix("srun: ").strip() for line in said if line.strip()][-1:]
+    return f": {last[0]}" if last else ""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`0-2,5` as numbers."""
+    ends = ([int(n) for n in part.split("-")] for part in text.split(","))
+    return tuple(n for first, *last in ends for n in range(first, (last or [first])[0] + 1))
