@@ -171,7 +171,7 @@ class Tail:
     def _write(self, run: Run, log: Path, text: str) -> None:
         if self._prefixed:
             whose = f"{run.stage} {log.stem}" if len(self._runs) > 1 else log.stem
-            text = "".join(f"{whose}| {line}" for line in text.splitlines(keepends=True))
+            text = "".join(f"{whose}| {line}\n" for line in text.removesuffix("\n").split("\n"))
         elif log != self._last:
             err().print(f"==> {log}", markup=False)
         self._last = log
