@@ -112,7 +112,8 @@ class Attempt:
     excluded: list[str] = field(default_factory=list)  # nodes that the attempts after it stay away from
 
 
-ENDS = ("cause", "ended_at", "note", "next", "nodes", "ranks", "culprits", "excluded")  # of an Attempt: the warden's
+SAID = ("cause", "ended_at", "note")  # by rank 0 of its end,
+ENDS = (*SAID, "next", "nodes", "ranks", "culprits", "excluded")  # and over that by the warden
 
 
 @dataclass(kw_only=True)
@@ -189,6 +190,10 @@ class Run:
         """Every start of the job so far, oldest first."""
         begun = {f.stem: read_json(f) for f in (self.folder / "attempts").glob("*.json")}
         ended = {f.stem: read_json(f) for f in (self.folder / "ends").glob("*.json")}
+        for file in (self.folder / "ends").glob("*.draft"):  # Slurm is ending the job, and its warden, for good
+            draft = read_json(file)
+            said = begun.get(file.stem, {})
+            ended.setdefault(file.stem, draft | ({key: said[key] for key in SAID} if said.get("cause") else {}))
         for name, end in ended.items():  # one that died before it had a rank 0 has only that
             begun[name] = {**end, **begun.get(name, {}), **{key: end[key] for key in ENDS}}
         return sorted((Attempt(**value) for value in begun.values()), key=lambda a: a.started_at)
@@ -197,10 +202,13 @@ class Run:
         """Replace the file of ``attempt``. Only rank 0 of that attempt may."""
         write_json(self.folder / "attempts" / f"{attempt.name}.json", asdict(attempt))
 
-    def save_end(self, attempt: Attempt) -> None:
-        """Write how ``attempt`` ended. Only the warden may; a rank that is alive still leaves when it sees it."""
+    def save_end(self, attempt: Attempt, *, draft: bool = False) -> None:
+        """Write how ``attempt`` ended. Only the warden may; a rank that is alive still leaves when it sees it.
+
+        Of a ``draft`` ranks take no notice: they may be saving, and what they say of their end counts.
+        """
         (self.folder / "ends").mkdir(exist_ok=True)
-        write_json(self.folder / "ends" / f"{attempt.name}.json", asdict(attempt))
+        write_json(self.folder / "ends" / f"{attempt.name}.{'draft' if draft else 'json'}", asdict(attempt))
 
     def state(self, *, alive: bool, attempts: Sequence[Attempt] | None = None) -> State:
         """What the folder says of the run, given whether its launcher still knows the job.
@@ -231,10 +239,12 @@ class Run:
         return read_json(self.folder / "heartbeat.json", {})
 
     def metrics(self) -> dict[int, dict[str, Any]]:
-        """Lines of ``metrics.jsonl`` by step; where attempts overlap, the last one counts."""
+        """Lines of ``metrics.jsonl`` by step; where attempts overlap, the newest one counts."""
         lines: dict[int, dict[str, Any]] = {}
         for _, line in read_metrics(self.folder / "metrics.jsonl"):
-            lines[line["step"]] = line
+            there = lines.get(line["step"], line)
+            if order(line["attempt"]) >= order(there["attempt"]):  # else of one that was replaced and lives on
+                lines[line["step"]] = line
         return dict(sorted(lines.items()))
 
     @contextmanager
@@ -262,6 +272,12 @@ def _unreadable(file: Path, error: Exception) -> LaunchError:
         f"cannot read `{file}`: {type(error).__name__}: {reason}",
         hint=f"restore it, or move `{file.parent}` out of the runs folder: the other runs do not need it",
     )
+
+
+def order(attempt: str) -> tuple[int, int]:
+    """The numbers in an attempt's name, to tell which of two is newer: `1r10` than `1r9`, `2` than both."""
+    number, _, restarts = attempt.partition("r")
+    return int(number), int(restarts or 0)
 
 
 def read_metrics(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -33,7 +33,7 @@ from jobs.runtime import beat
 from jobs.runtime.faults import attempt_name, is_current
 from orchestrator import recover, track
 from orchestrator.recover import Decision, Evidence, Frozen, Patience
-from orchestrator.run import Attempt, Run, read_json, write_json
+from orchestrator.run import Attempt, Run
 
 log = logging.getLogger("warden")
 
@@ -98,10 +98,11 @@ class Warden:
         by_slurm = {str(s.number) for s in self.run.submissions if s.launcher == "slurm"}
         for attempt in self.run.attempts():
             number = attempt.name.partition("r")[0]
-            if attempt.name == self.name or attempt.next or number not in by_slurm:
+            closed = (self.run.folder / "ends" / f"{attempt.name}.json").exists()
+            if attempt.name == self.name or closed or number not in by_slurm:
                 continue
-            if draft := read_json(self._draft(attempt.name)):
-                self.run.save_end(Attempt(**draft))
+            if attempt.next:  # by a draft
+                self.run.save_end(attempt)
                 continue
             files = [*beat.beats(self.run).glob(f"{attempt.name}-*.json"), self.run.folder / "heartbeat.json"]
             seen = max((f.stat().st_mtime for f in files if f.exists()), default=attempt.started_at)
@@ -144,17 +145,15 @@ class Warden:
 
     def _write_draft(self) -> None:
         """Note how this attempt seems to end: Slurm may kill this process before the last rank has left."""
+        evidence = self._evidence(None, 0)
+        if not evidence.told:
+            return
         if self._forwarder:
             self._forwarder.kill()  # it does not leave for a signal; what it has not sent, the next one sends
-        record = self._mine()[-1]
-        decision = recover.decide(self._evidence(None, 0))
-        record.cause, record.next = record.cause or decision.cause, decision.next
-        record.note, record.ended_at = record.note or decision.note, time.time()
-        (self.run.folder / "ends").mkdir(exist_ok=True)
-        write_json(self._draft(self.name), dataclasses.asdict(record))
-
-    def _draft(self, name: str) -> Path:
-        return self.run.folder / "ends" / f"{name}.draft"
+        record, decision = self._mine()[-1], recover.decide(evidence)
+        record.cause, record.note, record.ended_at = decision.cause, decision.note, time.time()
+        record.next, record.culprits = decision.next, list(decision.nodes)
+        self.run.save_end(record, draft=True)
 
     def _end_step(self, srun: subprocess.Popen[str]) -> None:
         """Let every rank that can write where it is into its log, then end them all."""

@@ -1,0 +1,239 @@
+"""What is decided after an attempt, by tables: what was seen, and what has to come of it."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from orchestrator import recover
+from orchestrator.recover import Evidence, Frozen, Patience, Sign, Watch, decide
+
+PATIENCE = Patience(steps=10, step_s=60, start_s=600, save_s=300, silent_s=45, beat_s=10)
+# As Slurm 22.05.8 said them.
+KILLED = (
+    "srun: error: node2: task 1: Killed",
+    "srun: launch/slurm: _step_signal: Terminating StepId=5.0",
+    "srun: error: node1: task 0: Killed",
+)
+BUS = ("srun: error: node2: task 1: Bus error", *KILLED[1:])
+RAISED = ("srun: error: node2: task 1: Exited with exit code 1", *KILLED[1:])
+FULL = ("slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "srun: error: node2: task 1: Out Of Memory")
+NODE_FAILURE = ("srun: error: Node failure on node2", "srun: Job step aborted: Waiting up to 4 seconds", *KILLED[1:])
+# As raised: by gloo when a peer was killed, by NCCL and CUDA in their issues' reports.
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.3]:41224"
+WATCHDOG = "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600000"
+ECC = "CUDA error: uncorrectable ECC error encountered"
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled system error, NCCL version 2.21.5"
+CUDA_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+def failure(rank, kind, message, *, time=1.0, bases=("RuntimeError", "Exception", "BaseException", "object")):
+    return {"rank": rank, "time": time, "type": kind, "bases": list(bases), "message": message}
+
+
+PEER = failure(0, "RuntimeError", GLOO, time=0.5)
+SEEN = Evidence(world=2, status=1, node_of={0: "node1", 1: "node2"})
+FROZEN = Frozen(why="frozen after step 7", ranks=(1,), nodes=("node2",))
+
+TABLE = {
+    # what was seen: (cause, next, nodes to leave out, words of the note)
+    "done": (replace(SEEN, noted="done", status=0), "done", "stop", (), "target step"),
+    "done, and a rank fails on its way out": (replace(SEEN, noted="done", failures=[PEER]), "done", "stop", (), ""),
+    "preempted": (replace(SEEN, noted="preempted", status=0), "preempted", "requeue", (), "saved"),
+    "cancelled": (replace(SEEN, noted="cancelled", status=0), "cancelled", "stop", (), "saved"),
+    "GraceTime sends SIGTERM": (replace(SEEN, noted="cancelled", preempting=True), "preempted", "requeue", (), ""),
+    "saved within KillWait": (replace(SEEN, noted="cancelled", told="requeued"), "preempted", "requeue", (), ""),
+    "requeued by someone": (replace(SEEN, told="requeued", said=KILLED[1:]), "requeued", "requeue", (), "requeued"),
+    "its peer says so": (replace(SEEN, told="requeued", failures=[PEER]), "requeued", "requeue", (), ""),
+    "scancel": (replace(SEEN, told="over"), "cancelled", "stop", (), "cancelled at once"),
+    "time is up": (replace(SEEN, told="over", time_is_up=True), "preempted", "requeue", (), "before all ranks"),
+    "node failure": (replace(SEEN, told="requeued", said=NODE_FAILURE), "lost", "requeue", ("node2",), "node2"),
+    "frozen": (replace(SEEN, frozen=FROZEN, said=()), "frozen", "requeue", ("node2",), "step 7"),
+    "frozen, by a mistake that was told": (
+        replace(SEEN, frozen=FROZEN, failures=[failure(1, "KeyError", "'x'")]), "error", "stop", (), "rank 1: KeyError",
+    ),
+    "user's error": (
+        replace(SEEN, failures=[PEER, failure(1, "ValueError", "bad", time=9.0)], said=RAISED),
+        "error", "stop", (), "rank 1: ValueError: bad",
+    ),
+    "CUDA is full": (
+        replace(SEEN, failures=[failure(1, "OutOfMemoryError", CUDA_FULL)]), "error", "stop", (), "out of memory",
+    ),
+    "an OrchError about a connection": (
+        replace(SEEN, failures=[failure(0, "DataError", "connection refused", bases=("OrchError", "Exception"))]),
+        "error", "stop", (), "DataError",
+    ),
+    "host is full": (replace(SEEN, said=FULL), "error", "stop", (), "rank 1 on node2: killed for using more memory"),
+    "ECC": (replace(SEEN, failures=[PEER, failure(1, "CudaError", ECC)]), "hardware", "requeue", ("node2",), "ECC"),
+    "NCCL": (replace(SEEN, failures=[failure(0, "DistBackendError", NCCL)]), "hardware", "requeue", ("node1",), "NCCL"),
+    "disk": (
+        replace(SEEN, failures=[failure(1, "OSError", "[Errno 5] Input/output error: 'x'")]),
+        "hardware", "requeue", ("node2",), "Input/output",
+    ),
+    "vanished": (replace(SEEN, said=KILLED, failures=[PEER]), "lost", "requeue", ("node2",), "rank 1 on node2"),
+    "bus error": (replace(SEEN, said=BUS), "lost", "requeue", ("node2",), "Bus error"),
+    "lost connections alone": (replace(SEEN, failures=[PEER]), "lost", "requeue", (), "only lost connections"),
+    "NCCL's watchdog alone": (
+        replace(SEEN, failures=[failure(3, "DistBackendError", WATCHDOG)]), "lost", "requeue", (), "rank 3",
+    ),
+    "no word": (
+        replace(SEEN, said=RAISED, last_words="No module named 'torch'"),
+        "error", "stop", (), "before it could say why: No module named 'torch'",
+    ),
+    "all left": (replace(SEEN, status=0), "error", "stop", (), "the target step is not reached"),
+    "srun could not start": (
+        replace(SEEN, said=("srun: error: Unable to create step: Invalid node",)),
+        "lost", "requeue", (), "Unable to create step",
+    ),
+    "third in a row": (replace(SEEN, said=KILLED, fruitless=3), "lost", "stop", ("node2",), "3 attempts in a row"),
+    "third, but preempted": (replace(SEEN, noted="preempted", fruitless=3), "preempted", "requeue", (), ""),
+    "second in a row": (replace(SEEN, said=KILLED, fruitless=2), "lost", "requeue", ("node2",), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(TABLE))
+def test_decisions(name):
+    evidence, cause, following, nodes, words = TABLE[name]
+    made = decide(evidence)
+    assert (made.cause, made.next, made.nodes) == (cause, following, nodes), made.note
+    assert words in made.note and made.note, "a reason is always given"
+
+
+@dataclass
+class Attempt:
+    cause: str
+    from_step: int
+    checkpoint_step: int
+
+
+@pytest.mark.parametrize(
+    ("attempts", "count"),
+    [
+        ([], 0),
+        ([("lost", 0, 0)] * 3, 3),
+        ([("lost", 0, 0), ("lost", 0, 9), ("", 9, 9), ("frozen", 9, 9)], 2),
+        ([("lost", 9, 9), ("preempted", 9, 9), ("requeued", 9, 9), ("lost", 9, 9)], 2),  # to make room is no sign
+        ([("lost", 9, 9), ("preempted", 9, 12)], 0),
+    ],
+)
+def test_attempts_in_a_row_without_a_checkpoint(attempts, count):
+    assert recover.fruitless([Attempt(*a) for a in attempts]) == count
+
+
+def test_ranks_of_an_exit():
+    (left,) = recover.exits(["srun: error: node[1-2]: tasks 0-2,5: Exited with exit code 3"])
+    assert (left.ranks, left.node, left.how) == ((0, 1, 2, 5), "node[1-2]", "Exited with exit code 3")
+
+
+def test_memory_planned_beside_memory_used():
+    found = failure(0, "OutOfMemoryError", CUDA_FULL) | {"peak_memory_gb": 79.2}
+    assert "61.5 GB planned, 79.2 GB measured" in recover.memory_hint(found, 61.5)
+    assert recover.memory_hint(PEER, 61.5) == ""
+
+
+# Watching
+
+
+class World:
+    """Four ranks on two nodes, and a clock."""
+
+    def __init__(self, patience=PATIENCE):
+        self.now = 1000.0
+        self.signs = {r: Sign(rank=r, node=f"node{r // 2}", phase="start", step=0, marks=1, beats=1) for r in range(4)}
+        self.watch = Watch(4, patience, now=self.now)
+        self.frozen = frozenset()
+
+    def pass_(self, seconds, *, progress=(), **changes):
+        """Let time pass, ten seconds at a time; return the first word that something froze, and when."""
+        began = self.now
+        while self.now < began + seconds:
+            self.now += 10
+            for rank, sign in self.signs.items():
+                if rank not in self.frozen:
+                    more = {"beats": sign.beats + 1, "marks": sign.marks + (rank in progress)}
+                    self.signs[rank] = replace(sign, **more, **changes)
+            if found := self.watch.see(list(self.signs.values()), now=self.now):
+                return self.now - began, found
+        return None
+
+    def train(self, seconds, **changes):
+        return self.pass_(seconds, progress=range(4), phase="step", step_s=5.0, **changes)
+
+
+def test_progress_is_never_frozen():
+    world = World()
+    assert world.pass_(590) is None, "loading"
+    assert world.train(5000, step=900) is None
+
+
+def test_a_silent_rank_is_named():
+    world = World()
+    world.train(100, step=20)
+    world.frozen = {2}
+    after, found = world.pass_(1000)
+    assert 45 < after <= 60 and (found.ranks, found.nodes) == ((2,), ("node1",))
+    assert "after step 20" in found.why and "rank 2 on node1" in found.why
+
+
+def test_a_silent_rank_while_steps_go_on_is_let_be():
+    """Its thread does not get its turn, but it takes part in every step."""
+    world = World()
+    world.train(100)
+    world.frozen = {2}
+    assert world.pass_(1000, progress=(0, 1, 3)) is None
+
+
+def test_the_limit_follows_the_pace():
+    world = World()
+    world.pass_(100, progress=range(4), phase="step", step_s=40.0)
+    after, found = world.pass_(1000)
+    assert 400 < after <= 410 and found.ranks == (), "all live, and nobody is behind"
+
+
+def test_the_rank_the_others_wait_for_is_named():
+    """All live, but the last of node 0 reads its data for ever."""
+    world = World()
+    world.train(100)
+    world.pass_(10, progress=(0, 2, 3))
+    after, found = world.pass_(1000)
+    assert 60 < after <= 70 and (found.ranks, found.nodes) == ((1,), ("node0",))
+
+
+@pytest.mark.parametrize(("phase", "limit_s"), [("start", 600), ("save", 300), ("evaluate", 60)])
+def test_limits_of_phases(phase, limit_s):
+    world = World()
+    if phase != "start":
+        world.train(100)
+    world.pass_(10, progress=range(4), phase=phase)
+    after, _ = world.pass_(2000)
+    assert limit_s < after <= limit_s + 10
+
+
+def test_the_first_step_has_the_time_of_a_start():
+    """It compiles, and nothing says yet how long a step takes."""
+    world = World()
+    world.pass_(10, progress=range(4), phase="step")
+    assert world.pass_(590) is None
+
+
+def test_a_disk_that_hangs_is_nobodys_fault():
+    """Nobody gives a sign: only the limit on progress counts, and nobody is named."""
+    world = World()
+    world.train(100)
+    world.frozen = {0, 1, 2, 3}
+    after, found = world.pass_(1000)
+    assert 60 < after <= 70 and found.ranks == ()
+
+
+def test_ranks_that_never_come():
+    watch = Watch(4, PATIENCE, now=0.0)
+    assert watch.see([], now=600.0) is None
+    assert watch.see([], now=601.0).ranks == ()
+    world = World()
+    del world.signs[3]
+    after, found = world.pass_(2000)
+    assert 600 < after <= 610 and found.ranks == (3,)
+
+
+def test_a_stage_without_steps_may_take_its_time():
+    world = World()
+    assert world.pass_(100_000, phase="work") is None
