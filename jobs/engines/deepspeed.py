@@ -1,27 +1,30 @@
 """DeepSpeed: ZeRO 0-3 with CPU offload (Rajbhandari et al. 2020, arXiv:1910.02054; arXiv:2101.06840).
 
 The optimizer is torch's AdamW, handed over by us: DeepSpeed's own would compile for minutes and differ
-from the torch engine's in the last bits. Checkpoints are DeepSpeed's, read without running their pickles.
+from the torch engine's in the last bits. Checkpoints are pieces of its fp32 weights and moments, in the format
+of every engine; DeepSpeed's own, which are pickles and fit one layout, are not used.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jobs.engines import StepResult
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
-from orchestrator.errors import CheckpointError
+from jobs.runtime.mesh import Place, place
+from jobs.runtime.pieces import Piece, Slot
 from orchestrator.spec import Limits, Refusal, StageSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from jobs.engines import Batch, LossFn
+    from jobs.engines import Batch, LossFn, Make
 
 LIMITS = Limits(
     refused=(
@@ -32,16 +35,30 @@ LIMITS = Limits(
         ),
         Refusal(when={"offload": ("all",), "zero": (0, 1, 2)}, why="only ZeRO-3 shards weights", instead="`zero: 3`"),
         Refusal(
-            when={"tensor": (True,)},
-            why="it does not split tensors yet",
-            instead="`tensor: 1`, with `zero: 3` to spread the weights",
+            when={"pipeline": (True,), "zero": (2, 3)},
+            why="DeepSpeed's pipelines need whole gradients and weights on every rank",
+            instead="`zero: 1`",
         ),
         Refusal(
-            when={"pipeline": (True,)},
-            why="it has no pipeline yet",
-            instead="`pipeline: 1`, with `zero: 3` to spread the weights",
+            when={"pipeline": (True,), "precision": ("bf16",), "zero": (0,)},
+            why="in bf16 it does not resume bit for bit there",
+            instead="`zero: 1`",
         ),
-        Refusal(when={"sequence": (True,)}, why="sequence parallel needs tensor ranks", instead="`sequence: false`"),
+        Refusal(
+            when={"pipeline": (True,), "offload": ("optimizer", "all")},
+            why="a pipeline with its optimizer on the CPU has not been shown to compute the same",
+            instead="`offload: none`",
+        ),
+        Refusal(
+            when={"tensor": (True,), "compile": (True,)},
+            why="torch.compile has not been shown to keep collectives and dropout inside a block in order",
+            instead="`compile: false`",
+        ),
+        Refusal(
+            when={"sequence": (True,), "tensor": (False,)},
+            why="sequence parallel cuts over tensor ranks",
+            instead="`sequence: false`, or `tensor: 2` and more",
+        ),
         Refusal(when={"interleave": (True,)}, why="its pipelines hold one chunk a rank", instead="`interleave: 1`"),
     ),
     owned=(
@@ -59,11 +76,14 @@ LIMITS = Limits(
         "checkpoint",
     ),
 )
-TAG = "deepspeed"
 
 
-def build(make: Callable[[], torch.nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> DeepSpeedEngine:
-    """The model of ``make`` under ZeRO, with its optimizer. Collective."""
+def build(make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> DeepSpeedEngine:
+    """The model of ``make`` under ZeRO or in a pipeline, with its optimizer. Collective."""
+    if stage.parallel.pipeline > 1:
+        from jobs.engines._pipeline import PipelineEngine
+
+        return PipelineEngine(make, stage, ranks, loss_fn)
     return DeepSpeedEngine(make, stage, ranks, loss_fn)
 
 
@@ -81,69 +101,114 @@ def config(stage: StageSpec, ranks: Ranks) -> dict[str, Any]:
     plan = {
         "train_batch_size": stage.global_batch,
         "train_micro_batch_size_per_gpu": p.micro_batch,
-        "gradient_clipping": stage.optimizer.clip,
+        "gradient_clipping": 0.0 if clips_itself(stage) else stage.optimizer.clip,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,  # the loop prints
         "bf16": {"enabled": stage.precision == "bf16"},
         "zero_optimization": zero,
+        # Partitioned, tensor peers send each a part of an activation that they all hold: not so in sequence parallel.
+        "pipeline": {"pipe_partitioned": not p.sequence, "grad_partitioned": not p.sequence},
     }
     return _merge(dict(stage.engine_config), plan)
+
+
+def clips_itself(stage: StageSpec) -> bool:
+    """Whether we clip: in fp32 with ZeRO-0, DeepSpeed reports no norm, and counts tied and whole weights wrongly."""
+    return stage.parallel.zero == 0 and stage.precision == "fp32"
 
 
 class DeepSpeedEngine:
     """A ``deepspeed.DeepSpeedEngine`` behind the engine protocol."""
 
-    portable: tuple[str, ...] = ()  # ZeRO's slices fit the layout they were saved with
+    module: Any
 
-    def __init__(self, make: Callable[[], torch.nn.Module], stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
+    def __init__(self, make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
         import torch
 
         self.stage, self.ranks, self.loss_fn = stage, ranks, loss_fn
         self.device = dist.start(ranks)
         deepspeed = _import(ranks)
         from jobs.nn.gpt import decay_groups, init_weights
+        from jobs.nn.parallel import mark_counted
 
+        self.place = place(ranks.rank, ranks.world, stage.parallel)
+        self.make, self.tensor, self.norm = make, dist.tensor_group(ranks, stage.parallel), torch.zeros(())
         settings = config(stage, ranks)
-        if stage.parallel.zero == 3:
-            with deepspeed.zero.Init(config_dict_or_path=settings):
-                self.module: Any = make()
-        else:
-            with torch.device("meta"):
-                self.module = make()
-            self.module.to_empty(device=self.device)
+        model, self.grid = self._build(settings)
         init_weights(self.module, stage.seed)
+        held = [p for p in self.module.parameters() if not p.is_meta]
+        mark_counted(held, self.tensor)
         if stage.compile:
             self.module.compile_blocks()
         o = stage.optimizer
         on_cpu = self.device.type == "cpu" or stage.parallel.offload != "none"
         groups = decay_groups(self.module, o.weight_decay)
-        # `train_step` sets lr. To allocate the moments DeepSpeed steps without gradients, which must change nothing.
+        # `train_step` sets lr. To allocate the moments ZeRO-0 in bf16 steps without gradients: it must change nothing.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=o.betas, eps=o.eps, fused=not on_cpu)
-        self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
-        self._reset_optimizer()
-        self.files = _checkpoint_files()
-        self.engine.checkpoint_engine = self.files
+        if clips_itself(stage):
+            optimizer.register_step_pre_hook(lambda *_: self._clip(held))
+        mpu = None if stage.parallel.pipeline > 1 else self.grid  # a pipeline brings its own
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=mpu)
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def _build(self, settings: dict[str, Any]) -> tuple[Any, Any]:
+        """Make ``module``, its weights still to be drawn; return what DeepSpeed runs, and its grid of ranks, if any."""
+        import deepspeed
+        import torch
+
+        grid = None
+        if self.tensor:
+            from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+            with redirect_stdout(None):  # it prints every rank's coordinates
+                grid = PipelineParallelGrid(topology=topology(self.place))
+        make = partial(self.make, self.tensor) if self.tensor else self.make
+        if self.stage.parallel.zero == 3:
+            data = grid.get_data_parallel_group() if grid else None
+            with deepspeed.zero.Init(config_dict_or_path=settings, data_parallel_group=data):
+                self.module = make()
+        else:
+            with torch.device("meta"):
+                self.module = make()
+            self.module.to_empty(device=self.device)
+        return self.module, grid
+
+    def _clip(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Clip the gradients, and keep their norm before."""
+        import torch
+
+        from jobs.nn.parallel import grad_norm
+
+        self.norm = grad_norm(parameters, self.grid.get_model_parallel_group() if self.grid else None)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.optimizer.clip or float("inf"), self.norm)
 
     def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
         """One AdamW step over ``batches``; their number may differ from step to step (a batch ramp)."""
         import torch
 
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        self.engine.set_train_batch_size(len(batches) * self.stage.parallel.micro_batch * self.ranks.world)
-        loss, norm = torch.zeros((), device=self.device), None
+        self._prepare_step(len(batches), lr)
+        loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)  # its own count goes wrong when the batch grows
             part = self.loss_fn(self.engine(*self._inputs(batch)), batch)
             self.engine.backward(part)
             loss += part.detach() / len(batches)
-            if last and self._plain:
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return StepResult(loss=loss.item(), grad_norm=float(norm))
+        return StepResult(loss=loss.item(), grad_norm=self._norm())
+
+    def _prepare_step(self, turns: int, lr: float) -> None:
+        """Set the learning rate, and how many micro-batches come."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.set_train_batch_size(turns * self.stage.parallel.micro_batch * self.place.data_size)
+
+    def _norm(self) -> float:
+        """The gradients' norm of the last step."""
+        return float(self.norm if clips_itself(self.stage) else self.engine.get_global_grad_norm())
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Negative log-likelihoods (B, T) of this rank's batch, fp32, without gradients."""
@@ -160,54 +225,98 @@ class DeepSpeedEngine:
 
     @contextmanager
     def gathered(self) -> Iterator[torch.nn.Module]:
-        """The whole module on every rank."""
+        """The whole module on every rank; under tensor parallel a copy."""
         import deepspeed
+
+        from jobs.nn.parallel import whole_copy
 
         sharded = self.stage.parallel.zero == 3
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())) if sharded else nullcontext():
-            yield self.module
+            yield whole_copy(self.module, self.make, self.tensor) if self.tensor else self.module
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's files below ``folder``.
+    def pieces(self) -> list[Piece]:
+        """Whole fp32 tensors (ZeRO-0), or what this rank's partition holds of the fp32 masters and moments."""
+        found: list[Piece] = []
+        masters = dict(self._masters())
+        for name, p in self.module.named_parameters():
+            fragment = None if p.is_meta else self._fragment(p, masters)
+            if fragment is None:
+                continue
+            flat, offset, start, count = fragment
+            state = self._state(flat)
+            tensors: dict[Slot, Any] = {"weight": flat, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            for slot, value in tensors.items():
+                data = value.detach().view(-1).narrow(0, offset, count)
+                shape = tuple(getattr(p, "ds_shape", p.shape))
+                piece = Piece(name=name, slot=slot, shape=shape, data=data, start=start, cut=getattr(p, "cut", None))
+                found.append(piece)
+            found.append(Piece(name=name, slot="step", shape=(1,), data=state["step"].view(1)))
+        return found
 
-        Raises:
-            OSError: only once every rank is through, since DeepSpeed waits for all of them inside.
+    def filled(self) -> None:
+        """Copy the fp32 weights to where the forward pass reads them, on every rank."""
+        optimizer = self.engine.optimizer
+        if self.stage.parallel.zero == 3:
+            optimizer.checkpoint_event_prologue()  # no weight is gathered now
+            for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                optimizer.fp16_partitioned_groups_flat[i].data.copy_(flat.data)
+                optimizer._unflatten_partitioned_parameters(i)
+            optimizer.checkpoint_event_epilogue()  # the small ones stay gathered
+        elif hasattr(optimizer, "update_lp_params"):
+            optimizer.update_lp_params()
+        else:
+            for p, master in self._masters():
+                p.data.copy_(master.data)
+
+    def _fragment(self, p: Any, masters: dict[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int, int, int] | None:
+        """Where this rank keeps ``p`` in fp32: flat tensor, offset in it, first element of ``p``, and how many.
+
+        None where it holds nothing of it. These are internals of DeepSpeed 0.19.8, which pyproject.toml pins.
         """
-        self.files.failure = None
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        if self.files.failure:
-            raise OSError(f"DeepSpeed's checkpoint: {self.files.failure}") from self.files.failure
+        optimizer = self.engine.optimizer
+        if hasattr(p, "ds_id"):  # ZeRO-3: an equal part of every parameter, the last of them padded
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
+            start = optimizer._get_param_partition_rank(p) * size
+            count = min(size, p.ds_numel - start)
+            return (optimizer.fp32_partitioned_groups_flat[group], offset, start, count) if count > 0 else None
+        if not hasattr(p, "_hp_mapping"):
+            return masters.get(p, p), 0, 0, p.numel()
+        at = p._hp_mapping  # an equal part of all parameters on end
+        if at is None:
+            return None
+        flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+        there, here = at.hp_fragment_address, at.lp_fragment_address
+        return flats[at.param_group_index], there.start, here.start, there.numel
 
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Read what ``save`` wrote, with the same engine settings and number of ranks."""
-        groups = self.engine.optimizer.param_groups
-        mine = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
-        if path is None:
-            raise CheckpointError(f"`{folder}` holds no checkpoint of engine `deepspeed`")
-        if not weights_only:
-            return
-        # ZeRO keeps the fp32 weights with the optimizer, so both are read, and the optimizer is set back.
-        for group, values in zip(self.engine.optimizer.param_groups, mine, strict=True):
-            group.update(values)
-        self._reset_optimizer()
+    def _masters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each bf16 weight with its fp32 one, where both are whole (ZeRO-0)."""
+        optimizer = self.engine.optimizer
+        for low, high in zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True):
+            yield from zip(low, high, strict=True)
 
-    def _reset_optimizer(self) -> None:
-        """Set AdamW's moments and its count of steps to zero."""
-        for state in self.engine.basic_optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+    def _state(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """AdamW's state of a tensor it steps; made here where there was no step yet, as torch would."""
+        import torch
 
-    @property
-    def _plain(self) -> bool:
-        """Whether gradients are whole on every rank, and DeepSpeed reports no norm of them (fp32, ZeRO-0)."""
-        return self.stage.parallel.zero == 0 and self.stage.precision == "fp32"
+        state: dict[str, torch.Tensor] = self.engine.basic_optimizer.state[flat]
+        if not state:
+            on = flat.device if self.engine.basic_optimizer.defaults["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        return state
 
     def _inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return (
             batch["tokens"].to(self.device, non_blocking=True),
             batch["targets"].to(self.device, non_blocking=True),
         )
+
+
+def topology(place: Place) -> Any:
+    """DeepSpeed's own name for our order of ranks (jobs/runtime/mesh.py)."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    return PipeModelDataParallelTopology(num_pp=place.pipeline_size, num_mp=place.tensor_size, num_dp=place.data_size)
 
 
 def _import(ranks: Ranks) -> Any:
@@ -217,7 +326,8 @@ def _import(ranks: Ranks) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with _absent("mlflow"):  # its autotuner, which nobody calls, would cost every rank a second and 150 MB for it
+        import deepspeed
 
     if not torch.cuda.is_available():
         # The shared-memory all-reduce of the CPU accelerator crashes without AVX-512; an empty table of
@@ -227,29 +337,17 @@ def _import(ranks: Ranks) -> Any:
     return deepspeed
 
 
-def _checkpoint_files() -> Any:
-    """DeepSpeed's reader and writer of files, made safe: nothing in a file is executed, no error is lost."""
-    import torch
-    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address])
-
-    class Files(TorchCheckpointEngine):
-        failure: Exception | None = None
-
-        def save(self, state_dict: Any, path: str) -> None:
-            try:
-                torch.save(state_dict, path)
-            except (OSError, RuntimeError) as e:  # a full disk is either
-                self.failure = e
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-    return Files()
+@contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Let an import of ``package`` fail meanwhile, as if it were not installed, unless it is there already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

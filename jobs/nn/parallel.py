@@ -52,15 +52,31 @@ def mark_cuts(module: nn.Module) -> None:
         module.get_parameter(name).cut = cut  # type: ignore[attr-defined]
 
 
-def whole_copy(module: nn.Module, make: Callable[[], nn.Module], tensor: TensorGroup) -> nn.Module:
-    """A module of ``make()`` that holds what all tensor ranks have of ``module``. Collective; as large as the model."""
+def whole_copy(
+    module: nn.Module, make: Callable[[], nn.Module], tensor: TensorGroup | None, pipeline: Any = None
+) -> nn.Module:
+    """A module of ``make()`` with what all tensor ranks, and all ranks of the group ``pipeline``, have of ``module``.
+
+    What a pipeline rank does not have is on `meta`. Collective; as large as the model, on every rank.
+    """
+    own = {name: p.detach() for name, p in module.named_parameters()}
+    here = [name for name, p in own.items() if not p.is_meta]
+    like = own[here[0]]
+    everyone: list[list[str]] = [here]
+    if pipeline is not None:
+        everyone = [[] for _ in range(pipeline.size())]
+        td.all_gather_object(everyone, here, group=pipeline)
     with torch.device("meta"):
         copy = make()
-    copy.to_empty(device=next(module.parameters()).device).train(module.training)
-    cut_of, own = cuts(module), dict(module.named_parameters())
+    copy.to_empty(device=like.device).train(module.training)
+    cut_of = cuts(module)
     with torch.no_grad():
         for name, p in copy.named_parameters():
-            p.copy_(_join(own[name], cut_of[name], tensor) if name in cut_of else own[name])
+            part = own[name] if name in here else torch.empty_like(own[name], dtype=like.dtype, device=like.device)
+            if pipeline is not None:
+                owner = next(i for i, names in enumerate(everyone) if name in names)
+                td.broadcast(part, group_src=owner, group=pipeline)
+            p.copy_(_join(part, cut_of[name], tensor) if tensor and name in cut_of else part)
     return copy.requires_grad_(requires_grad=False)
 
 
@@ -263,12 +279,14 @@ def mark_counted(parameters: Iterable[nn.Parameter], tensor: TensorGroup | None)
 
 
 def grad_norm(parameters: Iterable[nn.Parameter], group: Any, whole: Callable[[Any], Tensor] = lambda t: t) -> Tensor:
-    """2-norm of the gradient of the whole model, whose parts are spread over ``group``. Collective.
+    """2-norm of the gradient of the whole model. Collective.
 
     Args:
+        group: the ranks over which the model's parts are spread; None: it is whole.
         whole: makes a tensor of a norm that is spread over the data ranks (FSDP2's are).
     """
     grads = [p.grad for p in parameters if p.grad is not None and getattr(p, "tensor_model_parallel", True)]
     square = whole(nn.utils.get_total_norm(grads)).float() ** 2
-    td.all_reduce(square, group=group)
+    if group is not None:
+        td.all_reduce(square, group=group)
     return square.sqrt()

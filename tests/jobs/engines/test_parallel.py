@@ -134,6 +134,33 @@ def check(results, cases, tolerance):
         assert all(r[name][1][:1] == r[name][2] or math.dist(r[name][1][0], r[name][2][0]) < 1e-4 for r in results)
 
 
+def test_fp32_on_4_ranks():
+    cases = {
+        "torch tp2 ddp2": (stage_of("torch", tensor=2), GPT3),
+        "torch tp2 fsdp2": (stage_of("torch", tensor=2, zero=3), GPT3),
+        "torch tp4 sp": (stage_of("torch", tensor=4, sequence=True), GPT3),
+        "ds tp2 dp2 z1": (stage_of("deepspeed", tensor=2, zero=1), GPT3),
+        "ds tp2 dp2 z2 sp": (stage_of("deepspeed", tensor=2, zero=2, sequence=True), LLAMA),
+        "ds tp2 dp2 z3": (stage_of("deepspeed", tensor=2, zero=3), LLAMA),
+        "ds pp2 dp2 z1": (stage_of("deepspeed", pipeline=2, zero=1), GPT3),
+        "ds pp4": (stage_of("deepspeed", pipeline=4), GPT3),
+        "ds tp2 pp2": (stage_of("deepspeed", tensor=2, pipeline=2), GPT3),
+        "ds tp2 pp2 z1 sp": (
+            stage_of("deepspeed", tensor=2, pipeline=2, sequence=True, zero=1, recompute="full"),
+            LLAMA,
+        ),
+    }
+    check(run_ranks(parity, 4, cases), cases, 1e-5)
+
+
+def test_fp32_on_8_ranks():
+    cases = {
+        "ds tp2 pp2 dp2": (stage_of("deepspeed", tensor=2, pipeline=2), GPT3),
+        "ds tp2 pp2 dp2 z1 sp": (stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True), GPT3),
+    }
+    check(run_ranks(parity, 8, cases), cases, 1e-5)
+
+
 def test_fp32_on_2_ranks():
     cases = {
         "torch tp2": (stage_of("torch", tensor=2), GPT3),
@@ -142,5 +169,14 @@ def test_fp32_on_2_ranks():
         "torch tp2 llama recompute": (stage_of("torch", tensor=2, recompute="full"), LLAMA),
         "torch tp2 sp llama": (stage_of("torch", tensor=2, sequence=True), LLAMA),
         "torch tp2 sp gptj": (stage_of("torch", tensor=2, sequence=True), GPTJ),
+        "ds tp2": (stage_of("deepspeed", tensor=2), GPT3),
+        "ds tp2 sp z1": (stage_of("deepspeed", tensor=2, sequence=True, zero=1), LLAMA),
+        "ds tp2 z3": (stage_of("deepspeed", tensor=2, zero=3), GPT3),
+        "ds pp2": (stage_of("deepspeed", pipeline=2), GPT3),
+        "ds pp2 z1": (stage_of("deepspeed", pipeline=2, zero=1, recompute="full"), LLAMA),
+        "ds pp2 by parameters": (
+            stage_of("deepspeed", pipeline=2, zero=1, engine_config={"pipeline": {"partition": "parameters"}}),
+            GPT3,
+        ),
     }
     check(run_ranks(parity, 2, cases), cases, 1e-5)
