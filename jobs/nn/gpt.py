@@ -6,14 +6,15 @@ RMSNorm arXiv:1910.07467, SwiGLU arXiv:2002.05202, RoPE arXiv:2104.09864, groupe
 arXiv:2305.13245, parallel blocks as in GPT-J, selective recompute arXiv:2205.05198. Over tensor ranks it is
 made of the layers of parallel.py.
 
-Shape suffixes: B batch, T tokens, H hidden, A heads, K key and value heads, D head_dim, V vocabulary.
+Shape suffixes: B batch, T tokens, S tokens and those cached before them, H hidden, A heads, K key and value
+heads, D head_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -56,12 +57,40 @@ class GPT(nn.Module):
         self.norm = _norm(spec, tensor) if spec.norm_position == "pre" else None
         self.head = None if spec.tie_embeddings else Head(spec, tensor)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V); with ``targets``, their negative log-likelihoods (B, T) in fp32 instead."""
-        x = tokens_BT
-        for part in self.body():
-            x = part(x)
-        return self.to_vocabulary(x, targets_BT)
+    temperature = 1.0  # of softmax: logits are divided by it
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        segments_BS: Tensor | None = None,
+        cache: Sequence[Cache] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V); with ``targets``, their negative log-likelihoods (B, T) in fp32 instead.
+
+        Args:
+            segments_BS: a number for each token; a token sees those of its own number alone, and its position
+                counts from the first of them. So a row may hold several texts, or padding before one.
+            cache: one for each block; the S - T tokens before these are in it, and these are added.
+        """
+        return self.to_vocabulary(self.hidden(tokens_BT, segments_BS, cache), targets_BT)
+
+    def hidden(
+        self, tokens_BT: Tensor, segments_BS: Tensor | None = None, cache: Sequence[Cache] | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, H) behind the last norm."""
+        new, mask, places_BT = tokens_BT.shape[1], None, None
+        if segments_BS is not None:
+            mask, places_BT = seen(segments_BS, new), places(segments_BS)[:, -new:]
+        elif cache:
+            places_BT = torch.arange(cache[0].length, cache[0].length + new, device=tokens_BT.device)[None]
+        x_BTH = self.embed(tokens_BT)
+        if self.positions is not None:
+            x_BTH = self.positions(x_BTH, places_BT)
+        x_BTH = self.drop(x_BTH)
+        for layer, block in enumerate(self.blocks):
+            x_BTH = block(x_BTH, mask, cache[layer] if cache else None)
+        return x_BTH if self.norm is None else self.norm(x_BTH)
 
     def body(self) -> list[nn.Module]:
         """What is between tokens and hidden states, each part fed by the one before: a pipeline cuts it."""
@@ -70,6 +99,8 @@ class GPT(nn.Module):
 
     def to_vocabulary(self, x_BTH: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Hidden states to logits or negative log-likelihoods, as forward."""
+        if self.temperature != 1:
+            x_BTH = x_BTH / self.temperature
         if self.head is not None:
             return self.head(x_BTH, targets_BT)
         return self.embed(x_BTH, targets_BT, head=True)
@@ -146,8 +177,8 @@ class Positions(nn.Module):
         self.tensor = tensor
         self.weight = nn.Parameter(torch.empty(spec.seq_len, spec.hidden))
 
-    def forward(self, x_BTH: Tensor) -> Tensor:
-        """Add the positions; in sequence parallel, those of this rank's tokens.
+    def forward(self, x_BTH: Tensor, places_BT: Tensor | None = None) -> Tensor:
+        """Add the positions 0, 1, ..., or ``places``; in sequence parallel, those of this rank's tokens.
 
         Raises:
             DataError: there are more tokens than positions.
@@ -160,7 +191,8 @@ class Positions(nn.Module):
                 f"a sequence of {tokens} tokens is longer than the model's {seq_len} positions",
                 hint=f"cut it, or set `model.seq_len` to {tokens} before training",
             )
-        return x_BTH + parallel.replicated(self.weight, self.tensor)[index * own : (index + 1) * own]
+        weight, mine = parallel.replicated(self.weight, self.tensor), slice(index * own, (index + 1) * own)
+        return x_BTH + (weight[mine] if places_BT is None else F.embedding(places_BT[:, mine], weight))
 
 
 class Dropout(nn.Module):
@@ -192,25 +224,46 @@ class Block(nn.Module):
         self.norm2 = None if spec.parallel_block else _norm(spec, tensor)
         self.mlp = FeedForward(spec, tensor)
 
-    def forward(self, x_BTH: Tensor) -> Tensor:
-        """(B, T, H) to (B, T, H)."""
-        return _maybe_checkpoint(self.recompute, self.run, x_BTH)
+    def forward(self, x_BTH: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """(B, T, H) to (B, T, H); ``mask`` and ``cache`` as in Attention."""
+        return _maybe_checkpoint(self.recompute, self.run, x_BTH, mask, cache)
 
-    def run(self, x_BTH: Tensor) -> Tensor:
+    def run(self, x_BTH: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What forward computes, and computes again under full recompute."""
         if self.norm2 is None:
             y_BTH = x_BTH if self.post else self.norm1(x_BTH)
-            x_BTH = x_BTH + self.drop(self.attn(y_BTH) + self.mlp(y_BTH))
+            x_BTH = x_BTH + self.drop(self.attn(y_BTH, mask, cache) + self.mlp(y_BTH))
             return self.norm1(x_BTH) if self.post else x_BTH
         if self.post:
-            x_BTH = self.norm1(x_BTH + self.drop(self.attn(x_BTH)))
+            x_BTH = self.norm1(x_BTH + self.drop(self.attn(x_BTH, mask, cache)))
             return self.norm2(x_BTH + self.drop(self.mlp(x_BTH)))
-        x_BTH = x_BTH + self.drop(self.attn(self.norm1(x_BTH)))
+        x_BTH = x_BTH + self.drop(self.attn(self.norm1(x_BTH), mask, cache))
         return x_BTH + self.drop(self.mlp(self.norm2(x_BTH)))
 
     def compile_run(self) -> None:
         """See GPT.compile_blocks."""
         self.run = torch.compile(self.run)  # type: ignore[method-assign]
+
+
+class Cache:
+    """Keys and values of the tokens that one block has seen, for at most ``room`` tokens."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.length = room, 0
+        self.keys = self.values = torch.empty(0)
+
+    def add(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember these too; return all there are, (B, K, S, D)."""
+        if not self.length:
+            shape = (*k_BKTD.shape[:2], self.room, k_BKTD.shape[3])
+            self.keys, self.values = k_BKTD.new_empty(shape), v_BKTD.new_empty(shape)
+        start, self.length = self.length, self.length + k_BKTD.shape[2]
+        self.keys[:, :, start : self.length], self.values[:, :, start : self.length] = k_BKTD, v_BKTD
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some rows of the batch alone."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 class Attention(nn.Module):
@@ -230,28 +283,39 @@ class Attention(nn.Module):
         self.qkv = parallel.column(spec.hidden, widths, tensor, bias=spec.bias)
         self.proj = parallel.row(spec.hidden, spec.hidden, tensor, bias=spec.bias)
 
-    def forward(self, x_BTH: Tensor) -> Tensor:
-        """(B, T, H) to (B, T, H)."""
+    def forward(self, x_BTH: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """(B, T, H) to (B, T, H).
+
+        Args:
+            mask: (B, 1, T, S), what each query sees besides what causality and the window say.
+            cache: of the tokens before these, to which these are added.
+        """
+        start = cache.length if cache else 0
         q_BATD, k_BKTD, v_BKTD = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x_BTH).split(self.widths, -1)
         )
         if self.rope_theta is not None:
-            q_BATD, k_BKTD = rotate(q_BATD, self.rope_theta), rotate(k_BKTD, self.rope_theta)
-        y_BATD = _maybe_checkpoint(self.recompute, self._core, q_BATD, k_BKTD, v_BKTD)
+            q_BATD, k_BKTD = rotate(q_BATD, self.rope_theta, start), rotate(k_BKTD, self.rope_theta, start)
+        if cache is not None:
+            k_BKTD, v_BKTD = cache.add(k_BKTD, v_BKTD)
+        y_BATD = _maybe_checkpoint(self.recompute, self._core, q_BATD, k_BKTD, v_BKTD, mask)
         return self.proj(y_BATD.transpose(1, 2).flatten(2))
 
-    def _core(self, q_BATD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        tokens = q_BATD.shape[2]
-        banded = self.window is not None and self.window < tokens  # a dense layer may use the flash kernel
-        mask_TT = band(tokens, self.window, q_BATD.device) if banded and self.window else None
+    def _core(self, q_BATD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) -> Tensor:
+        new, tokens = q_BATD.shape[2], k_BKSD.shape[2]
+        if self.window is not None and self.window < tokens:  # a dense layer may use the flash kernel
+            band_TS = band(tokens, self.window, q_BATD.device, last=new)
+            mask = band_TS if mask is None else mask & band_TS
+        elif mask is None and 1 < new < tokens:
+            mask = band(tokens, tokens, q_BATD.device, last=new)
         dropout = self.dropout if self.training else 0.0
         with parallel.apart(self.tensor if dropout else None, q_BATD.device):  # each rank has other heads
             return F.scaled_dot_product_attention(
                 q_BATD,
-                k_BKTD,
-                v_BKTD,
-                attn_mask=mask_TT,
-                is_causal=mask_TT is None,
+                k_BKSD,
+                v_BKSD,
+                attn_mask=mask,
+                is_causal=mask is None and new == tokens,
                 dropout_p=dropout,
                 enable_gqa=self.grouped,
             )
@@ -289,17 +353,35 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def band(tokens: int, window: int, device: torch.device) -> Tensor:
-    """Mask (T, T), true where query i sees key j: i - window < j <= i."""
-    ones_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
-    return ones_TT.tril().triu(1 - window)
+def band(tokens: int, window: int, device: torch.device, *, last: int | None = None) -> Tensor:
+    """Mask (T, S), true where query i sees key j: i - window < j <= i; the ``last`` T queries, or all S."""
+    key_S = torch.arange(tokens, device=device)
+    query_T1 = key_S[-last if last else 0 :, None]
+    return (key_S <= query_T1) & (key_S > query_T1 - window)
 
 
-def rotate(x_BATD: Tensor, theta: float) -> Tensor:
-    """Rotary positions: dims d and d + D/2 turn by t theta^(-2d/D) (arXiv:2104.09864, paired as in GPT-NeoX)."""
+def seen(segments_BS: Tensor, tokens: int) -> Tensor:
+    """Mask (B, 1, T, S), true where one of the last ``tokens`` queries sees a key: of its segment, not behind it."""
+    same_BTS = segments_BS[:, -tokens:, None] == segments_BS[:, None, :]
+    total = segments_BS.shape[1]
+    return (same_BTS & band(total, total, segments_BS.device, last=tokens))[:, None]
+
+
+def places(segments_BS: Tensor) -> Tensor:
+    """How many tokens of its segment stand before each, (B, S); the tokens of a segment stand together."""
+    index_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
+    begins_BS = F.pad(segments_BS[:, 1:] != segments_BS[:, :-1], (1, 0), value=True)
+    return index_S - torch.where(begins_BS, index_S, 0).cummax(1).values
+
+
+def rotate(x_BATD: Tensor, theta: float, start: int = 0) -> Tensor:
+    """Rotary positions from ``start``: dims d and d + D/2 turn by t theta^(-2d/D) (arXiv:2104.09864, as in GPT-NeoX).
+
+    Only differences of positions count, so tokens of any segment may be turned by where they stand in the row.
+    """
     tokens, dim = x_BATD.shape[-2:]
     rate_d = theta ** -(torch.arange(0, dim, 2, device=x_BATD.device, dtype=torch.float32) / dim)
-    angle_Td = torch.outer(torch.arange(tokens, device=x_BATD.device, dtype=torch.float32), rate_d)
+    angle_Td = torch.outer(torch.arange(start, start + tokens, device=x_BATD.device, dtype=torch.float32), rate_d)
     cos_Td, sin_Td = angle_Td.cos().to(x_BATD.dtype), angle_Td.sin().to(x_BATD.dtype)
     a, b = x_BATD.chunk(2, -1)
     return torch.cat((a * cos_Td - b * sin_Td, b * cos_Td + a * sin_Td), -1)
@@ -330,6 +412,8 @@ def draw(spec: ModelSpec, seed: int, name: str, shape: torch.Size, device: torch
         return torch.ones(shape, device=device)
     residual = spec.scaled_init and name.endswith(("attn.proj.weight", "mlp.down.weight"))
     std = spec.init_std / math.sqrt(2 * spec.layers) if residual else spec.init_std
+    if name == "score.weight":  # of heads.Scorer (Stiennon et al. 2020, arXiv:2009.01325, as their code has it)
+        std = 1 / math.sqrt(spec.hidden + 1)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) >> 1)
     return torch.empty(shape, device=device).normal_(0, std, generator=generator)
@@ -379,7 +463,7 @@ def _gathered(p: nn.Parameter) -> Iterator[tuple[torch.Size, Callable[[Tensor], 
         yield p.shape, p.copy_
 
 
-def _maybe_checkpoint(recompute: bool, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+def _maybe_checkpoint(recompute: bool, function: Callable[..., Tensor], *args: object) -> Tensor:
     if recompute and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
