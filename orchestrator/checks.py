@@ -165,7 +165,8 @@ def _split(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec)
                 message=f"`model.{key}` {size} does not split over `{where}.parallel.tensor` {p.tensor}",
                 hint=f"`{where}.parallel.tensor` may be {tensors}",
             )
-    for key, size in {"ffn_hidden": model.ffn, "vocab": model.vocab}.items():
+    sizes = {"ffn_hidden": model.ffn, **({"seq_len": model.seq_len} if p.sequence else {})}
+    for key, size in sizes.items():  # not the vocabulary: some ranks hold a row of it more (jobs/nn/cut.py)
         if size % p.tensor:
             yield Problem(
                 message=f"`model.{key}` {size} does not split over `{where}.parallel.tensor` {p.tensor}",

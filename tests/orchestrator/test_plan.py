@@ -185,7 +185,16 @@ RULES = [
     (["cluster=v100-32g"], f"`{S}.precision` is bf16, which `V100-SXM2-32GB` does not have", f"{S}.precision=fp32"),
     ([f"{S}.parallel.tensor=16"], "16 does not divide the 8 GPUs of a node", "may be 1, 2, 4 or 8"),
     ([f"{S}.parallel.tensor=2"], "engine `deepspeed` cannot run `parallel.tensor=2`: ", "`tensor: 1`"),
-    ([f"{S}.parallel.tensor=2"], "`model.vocab` 50257 does not split", "`model.vocab` may be 50256 or 50258"),
+    (
+        [f"{S}.parallel.tensor=4", "model.ffn_hidden=3001"],
+        "`model.ffn_hidden` 3001 does not split over",
+        "`model.ffn_hidden` may be 3000 or 3004",
+    ),
+    (
+        [f"{S}.parallel={{tensor: 4, sequence: true}}", "model.seq_len=2046"],
+        "`model.seq_len` 2046 does not split over",
+        "`model.seq_len` may be 2044 or 2048",
+    ),
     ([f"{S}.parallel.tensor=8"], "`model.heads` 12 does not split", f"`{S}.parallel.tensor` may be 1, 2 or 4"),
     ([f"{S}.parallel.pipeline=5"], "`model.layers` 12 do not split", f"`{S}.parallel.pipeline` may be 2, 3, 4 or 6"),
     ([f"{S}.parallel.pipeline=3"], "8 GPUs (1 nodes x 8) do not divide by tensor 1 x pipeline 3 = 3", "may be 3"),
