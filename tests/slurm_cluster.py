@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from orchestrator.run import Run
 
 SLURMBOX = Path(_slurmbox.__file__).with_name("slurmbox")
 ORCH = Path(sys.executable).with_name("orch")
-NODES = 8
+NODES = 12
 STEPS, SAVE_EVERY = 40, 9
 # A node holds one of these runs, so that they can share the box; a stage of one task goes beside.
 CONFIG = """
@@ -61,7 +62,7 @@ AGENT = """
 import json, subprocess, sys, threading
 def answer(number, words):
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
         code, said = done.returncode, done.stdout + done.stderr
     except (OSError, subprocess.TimeoutExpired) as e:
         code, said = 255, str(e)
@@ -96,7 +97,7 @@ class Cluster:
             self._waiting.append(answer)
             self._agent.stdin.write(json.dumps([len(self._waiting) - 1, [str(word) for word in words]]) + "\n")
             self._agent.stdin.flush()
-        code, said = answer.result(300)
+        code, said = answer.result(660)
         assert code == ok, said
         return said
 
@@ -114,6 +115,7 @@ class Cluster:
 
     def submit(self, name, *words):
         """Start a run of the reference's stage `pretrain` under another name."""
+        words = words or ("--stage", "pretrain")
         self(ORCH, "submit", "base.yaml", f"name={name}", "stages.pretrain.after=[]", "--detach", *words)
         return self.run(name)
 
@@ -215,6 +217,32 @@ def finished_once_in_mlflow(run, database=None):
     assert in_mlflow(run, database) == (list(range(1, STEPS + 1)), "FINISHED")
 
 
+@contextmanager
+def held(run):
+    """Stop the ranks of ``run`` where they are, whatever takes its time meanwhile; they go on afterwards."""
+    ranks = rank_processes(run)
+    assert ranks, f"no rank of {run.name} is there to be held"
+    try:
+        for rank in ranks:
+            rank.suspend()
+        yield ranks
+    finally:
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.resume()
+
+
+def is_told(process, number):
+    """Whether signal ``number`` waits for ``process``, which is held."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in status.splitlines() if "dPnd:" in line)
+
+
+def rank_processes(run):
+    """The ranks of ``run`` on all nodes."""
+    return [p for p in processes(run) if p.info["cmdline"][1:4] == ["-u", "-m", "submitit.core._submit"]]
+
+
 def no_orphan(run, seconds=60):
     """Nothing of ``run`` goes on, on whatever node: neither a rank nor its forwarder, which has a farewell to say."""
     wait(lambda: not processes(run), f"the end of all processes of {run.name}", seconds)
@@ -222,8 +250,5 @@ def no_orphan(run, seconds=60):
 
 def processes(run):
     """Processes of ``run`` on all nodes: this machine sees them all."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(run.folder) in word for word in process.info["cmdline"] or []):
-            found.append(process)
-    return found
+    every = psutil.process_iter(["cmdline"])
+    return [p for p in every if any(str(run.folder) in word for word in p.info["cmdline"] or [])]
