@@ -21,6 +21,7 @@ from typing import Any
 from jobs.runtime.slurm import rendezvous
 
 MEET_S = 120.0  # for all nodes to start and to connect to the first
+QUIET_S = 30.0  # after which, if nobody came, nobody more is waited for
 CALL_S = 10.0  # for one conversation of two nodes
 PINGS = 5  # questions for the time; the fastest answer counts (as in NTP, RFC 5905, section 8)
 GPU_S = 300.0  # for torch's import, NCCL's start and the measurement
@@ -84,11 +85,11 @@ def meet(nonce: str, nodes: int) -> dict[str, Any]:
 
 
 def answer(address: str, port: int, nonce: str, callers: int, wait_s: float = MEET_S) -> int:
-    """Tell the time to ``callers`` that know ``nonce``; return how many came before ``wait_s`` was over."""
+    """Tell the time to ``callers`` that know ``nonce``; return how many came before ``wait_s`` or QUIET_S was over."""
     deadline, came = time.monotonic() + wait_s, 0
     with socket.create_server((address, port), backlog=1024) as server:
         while came < callers and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
+            server.settimeout(min(left, QUIET_S))
             try:
                 connection, _ = server.accept()
             except TimeoutError:
