@@ -280,3 +280,20 @@ def setting(stage: StageSpec, name: str) -> object:
     """The value of a setting as ``Refusal.when`` speaks of it."""
     value: object = getattr(stage.parallel if hasattr(stage.parallel, name) else stage, name)
     return value > 1 if name in ("tensor", "pipeline", "interleave") and isinstance(value, int) else value
+
+
+def layout_of(stage: StageSpec, world: int) -> dict[str, Any]:
+    """How ``stage`` lies over ``world`` ranks: what a checkpoint says of how it came about."""
+    keys = ("tensor", "pipeline", "interleave", "sequence", "zero", "offload")
+    cut = {key: getattr(stage.parallel, key) for key in keys}
+    return {"engine": stage.engine, "precision": stage.precision, "world": world, **cut}
+
+
+def describe_layout(layout: dict[str, Any]) -> str:
+    """A layout in words: `deepspeed ZeRO-1, tensor 2 x pipeline 2, on 8 ranks in bf16`."""
+    cut = " x ".join(f"{key} {layout[key]}" for key in ("tensor", "pipeline", "interleave") if layout[key] > 1)
+    more = f", {cut}," if cut else ""
+    more += " with sequence parallel" if layout["sequence"] else ""
+    more += f" with offload {layout['offload']}" if layout["offload"] != "none" else ""
+    ranks = "1 rank" if layout["world"] == 1 else f"{layout['world']} ranks"
+    return f"{layout['engine']} ZeRO-{layout['zero']}{more} on {ranks} in {layout['precision']}"

@@ -291,7 +291,9 @@ class DeepSpeedEngine:
     def _masters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each bf16 weight with its fp32 one, where both are whole (ZeRO-0)."""
         optimizer = self.engine.optimizer
-        for low, high in zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True):
+        if not hasattr(optimizer, "fp32_groups"):
+            return
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             yield from zip(low, high, strict=True)
 
     def _state(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -140,7 +140,7 @@ def newest(root: Path, *, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
 
 
 def check_identity(folder: Path, saved: dict[str, Any], mine: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:
-    """Refuse a checkpoint of another model, tokenizer, data or layout.
+    """Refuse a checkpoint of another model, tokenizer or data.
 
     Args:
         saved, mine: ``identity`` of the checkpoint and of this run: nested dicts of plain values.
@@ -155,7 +155,7 @@ def check_identity(folder: Path, saved: dict[str, Any], mine: dict[str, Any], *,
         lines = "; ".join(f"`{k}` is {a.get(k)!r} there and {b.get(k)!r} here" for k in differ)
         raise CheckpointError(
             f"checkpoint `{folder}` does not belong to this run: {lines}",
-            hint="give this run another `name`, or use the model, data and layout the checkpoint was saved with",
+            hint="give this run another `name`, or use the model, tokenizer and data the checkpoint was saved with",
         )
 
 

@@ -269,6 +269,8 @@ def share_out(everyone: Sequence[Sequence[Extent]]) -> list[list[Share]]:
 
 def boxes(shape: Sequence[int], cut: Cut | None, start: int, stop: int) -> Iterator[Box]:
     """Elements ``start`` to ``stop`` of a flattened local tensor, as rectangles of the whole tensor."""
+    if start == stop:
+        return
     width = math.prod(shape[1:])
     head, tail = -(-start // width), stop // width  # whole rows lie between these
     pieces = [(head, tail, 0, width)] if head < tail else []

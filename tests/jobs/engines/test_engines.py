@@ -13,9 +13,9 @@ from jobs.engines import deepspeed as deepspeed_engine
 from jobs.engines import torch as torch_engine
 from jobs.nn.gpt import GPT, decay_groups, init_weights
 from jobs.pretrain import mean_loss
-from jobs.runtime import dist
+from jobs.runtime import dist, pieces
 from jobs.runtime.job import Ranks
-from orchestrator.errors import CheckpointError
+from jobs.runtime.resume import load_rng, save_rng
 from orchestrator.spec import ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
 
 MODEL = ModelSpec(layers=2, hidden=32, heads=4, vocab=97, seq_len=16)
@@ -169,28 +169,26 @@ DROPOUT = replace(MODEL, dropout=0.1)
 
 def _resume(ranks, root, cases):
     """Unbroken losses, and those after a save at half way into an engine that was built with other weights."""
-    from jobs.runtime.loop import _load_rng, _save_rng
-
     seen = {}
     for name, stage in cases.items():
         folder = root / name
         folder.mkdir(exist_ok=True)
         dist.barrier()
-        job = type("Job", (), {"ranks": ranks})
         torch.manual_seed(ranks.rank)
         engine = _build(stage, ranks, DROPOUT)
         _train(engine, ranks, range(3), DROPOUT)
         engine.forward(_batch(99, 0, 2, DROPOUT))  # an evaluation before the save must leave no trace
-        engine.save(folder)
-        _save_rng(folder, job)
+        pieces.save(folder, engine, ranks)
+        save_rng(folder, ranks.rank)
+        dist.barrier()
         unbroken = _train(engine, ranks, range(3, 6), DROPOUT)
         _close(ranks, engine)
 
         torch.manual_seed(77 + ranks.rank)
         engine = _build(replace(stage, seed=7), ranks, DROPOUT)
         _train(engine, ranks, range(9, 10), DROPOUT)
-        engine.load(folder)
-        _load_rng(folder, job)
+        pieces.load(folder, engine)
+        load_rng(folder, ranks.rank)
         seen[name] = (unbroken, _train(engine, ranks, range(3, 6), DROPOUT))
         _close(ranks, engine)
     return seen
@@ -212,13 +210,13 @@ def _start_from(ranks, root, cases):
         dist.barrier()
         engine = _build(stage, ranks)
         _train(engine, ranks, range(3))
-        engine.save(folder)
+        pieces.save(folder, engine, ranks)
         wanted = engine.forward(_batch(99, 0, 2)).tolist()
         _close(ranks, engine)
 
         engine = _build(replace(stage, optimizer=replace(stage.optimizer, weight_decay=0.0)), ranks)
         fresh = engine.forward(_batch(99, 0, 2)).tolist()
-        engine.load(folder, weights_only=True)
+        pieces.load(folder, engine, weights_only=True)
         loaded = engine.forward(_batch(99, 0, 2)).tolist()
         tables = []
         for steps in (range(0), range(5, 6)):
@@ -243,32 +241,6 @@ def test_the_weights_of_another_run(tmp_path, precision):
         assert set(decay) == {0.0}, name
 
 
-def _save_only(ranks, folder, stage):
-    engine = _build(stage, ranks)
-    _train(engine, ranks, range(3))
-    engine.save(folder)
-    dist.barrier()
-    return _train(engine, ranks, range(3, 6))
-
-
-def _load_only(ranks, folder, stage):
-    engine = _build(stage, ranks)
-    engine.load(folder)
-    return _train(engine, ranks, range(3, 6))
-
-
-def test_torch_checkpoints_fit_any_layout(tmp_path):
-    """One rank, whole -> two ranks, sliced -> one rank, whole."""
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    unbroken = run_ranks(_save_only, 1, tmp_path / "one", _stage("torch", 0))[0]
-    sliced = run_ranks(_load_only, 2, tmp_path / "one", _stage("torch", 3))[0]
-    run_ranks(_save_only, 2, tmp_path / "two", _stage("torch", 3))
-    whole = run_ranks(_load_only, 1, tmp_path / "two", _stage("torch", 0))[0]
-    _check(sliced, unbroken, 1e-5)
-    _check(whole, unbroken, 1e-5)
-
-
 def test_the_users_deepspeed_keys_lie_under_the_plan():
     """What the user passes reaches DeepSpeed, section by section; what the plan says cannot be displaced."""
     stage = _stage("deepspeed", 2, engine_config={"wall_clock_breakdown": True, "zero_optimization": {"stage": 0}})
@@ -277,31 +249,3 @@ def test_the_users_deepspeed_keys_lie_under_the_plan():
     assert made["wall_clock_breakdown"] is True
     assert made["zero_optimization"]["reduce_bucket_size"] == 1000
     assert made["zero_optimization"]["stage"] == 2
-
-
-def _poisoned(ranks, folder):
-    engine = _build(_stage("deepspeed", 1), ranks)
-    engine.save(folder)
-    for path in folder.rglob("*.pt"):
-        torch.save({"module": _Evil(str(folder / "ran"))}, path)
-    with pytest.raises(Exception, match=r"(?i)weights.only"):
-        engine.load(folder)
-    return (folder / "ran").exists()
-
-
-class _Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
-    assert run_ranks(_poisoned, 1, tmp_path) == [False]
-
-
-def test_a_missing_slice_is_refused(tmp_path):
-    (tmp_path / "torch-00000-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        torch_engine.TorchEngine.load(object.__new__(torch_engine.TorchEngine), tmp_path)

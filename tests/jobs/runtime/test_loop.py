@@ -13,6 +13,7 @@ from jobs.pretrain import mean_loss
 from jobs.runtime import checkpoint, dist, loop
 from jobs.runtime.faults import Stopped
 from jobs.runtime.job import Job
+from jobs.runtime.mesh import place
 from orchestrator.errors import CheckpointError, TrainingError
 from orchestrator.run import Attempt, Run
 from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
@@ -83,7 +84,7 @@ def _refuses(ranks, root):
     with pytest.raises(TrainingError, match="step 1: loss nan"):
         _train(ranks, root, "nan", replace(STAGE, save_every=1), loss_fn=lambda nll, _: nll.mean() * float("nan"))
     assert checkpoint.committed(root / "chain" / "nan" / "checkpoints") == []
-    with pytest.raises(TrainingError, match="a batch of 3 does not split over 1 ranks with micro-batches of 2"):
+    with pytest.raises(TrainingError, match="a batch of 3 does not split over 1 data ranks with micro-batches of 2"):
         _train(ranks, root, "odd", replace(STAGE, global_batch=3))
 
 
@@ -115,7 +116,7 @@ def test_a_stage_begins_where_another_ended(tmp_path):
 def _shares(ranks):
     """Held-out loss by the loop and by one forward pass; the samples of a step that the ranks read."""
     engine = torch_engine.build(lambda: GPT(MODEL), STAGE, ranks, mean_loss)
-    job = SimpleNamespace(ranks=ranks, stage=STAGE)
+    job = SimpleNamespace(stage=STAGE, place=place(ranks.rank, ranks.world, STAGE.parallel), mark=lambda *phase: None)
     losses = [
         (loop.evaluate(job, engine, Numbers(), n), engine.forward(Numbers().batch(0, n)).double().mean().item())
         for n in (1, 5, 7)

@@ -1,0 +1,182 @@
+"""What a run is saved as beside its pieces, and how it goes on: in the same layout bit for bit, in any other checked.
+
+A checkpoint belongs to a model, a tokenizer and data. Engine, layout and number of ranks are how it came about, and
+may differ where it is loaded; then a probe that was measured at the save is measured again, before training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.runtime import checkpoint, pieces
+from jobs.runtime.faults import is_current
+from jobs.runtime.job import Job
+from orchestrator.errors import CheckpointError
+from orchestrator.spec import describe_layout, layout_of
+
+if TYPE_CHECKING:
+    from jobs.engines import Engine
+    from jobs.runtime.loop import Samples
+
+log = logging.getLogger(__name__)
+
+STATE_BYTES_PER_PARAM = 12  # fp32 weights and AdamW's two moments
+PROBE_SAMPLES = 4
+# How far the loss on the probe may move where engine or layout change: twenty times what was measured over all of
+# them (tests/jobs/engines/test_layouts.py, CPU, 2026-11-22: 1e-6 in fp32, 1e-3 in bf16, whose roundings differ).
+PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands. Samples are global: over all ranks."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A loss that no layout may change: of the first samples of a data set, without dropout."""
+
+    data: str  # fingerprint of the data set
+    measure: Callable[[], float]  # nats per token; collective
+
+
+def identity(job: Job, data: Samples) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that loads it."""
+    model = asdict(job.experiment.model)
+    del model["dropout"]
+    return {"model": model, "tokenizer": data.tokenizer_sha256, "data": data.fingerprint}
+
+
+def layout(job: Job) -> dict[str, Any]:
+    """How a checkpoint came about. Where it is the same, a run goes on bit for bit."""
+    return layout_of(job.stage, job.ranks.world)
+
+
+def save(job: Job, engine: Engine, data: Samples, at: Position, probe: Probe) -> bool:
+    """Write and commit a checkpoint, then retire old ones; on failure training goes on without. Collective."""
+
+    def write(folder: Path) -> None:
+        pieces.save(folder, engine, job.ranks)
+        save_rng(folder, job.ranks.rank)
+
+    state = {
+        "identity": identity(job, data),
+        "layout": layout(job),
+        "position": asdict(at),
+        "probe": {"data": probe.data, "loss": probe.measure()},
+        "attempt": job.attempt,
+        "time": time.time(),
+    }
+    done = checkpoint.save(
+        job.run.checkpoints,
+        at.step,
+        state,
+        write,
+        ranks=job.ranks,
+        expected_bytes=int(job.experiment.model.params * STATE_BYTES_PER_PARAM * 1.02) + 1_000_000,
+        may_commit=lambda: is_current(job.run, job.attempt),
+    )
+    if done:
+        checkpoint.retire(job.run.checkpoints, job.stage.keep, saved=at.step, ranks=job.ranks)
+    return done
+
+
+def resume(job: Job, engine: Engine, data: Samples, probe: Probe) -> Position:
+    """Load the newest whole checkpoint; without one, the weights of ``init_from``, or nothing. Collective.
+
+    Raises:
+        CheckpointError: it is of another model, tokenizer or data, or its loss is not what it was when it was saved.
+    """
+    found = checkpoint.newest(job.run.checkpoints, ranks=job.ranks)
+    if found is None:
+        if job.stage.init_from:
+            _start_from(job, engine, data, job.stage.init_from, probe)
+        return Position()
+    folder, state = found
+    checkpoint.check_identity(folder, state["identity"], identity(job, data))
+    pieces.load(folder, engine)
+    at = Position(**state["position"])
+    if state["layout"] == layout(job):
+        load_rng(folder, job.ranks.rank)
+    else:
+        _converted(job, folder, state, probe)
+        new_rng(at.step)
+    log.info("resumed `%s` at step %d, %d tokens", folder, at.step, at.tokens)
+    return at
+
+
+def _start_from(job: Job, engine: Engine, data: Samples, stage: str, probe: Probe) -> None:
+    """Load the weights another stage of this experiment ended with."""
+    other = job.run.root / job.run.experiment / stage / "checkpoints"
+    found = checkpoint.newest(other, ranks=job.ranks)
+    if found is None:
+        raise CheckpointError(f"`init_from: {stage}`: no checkpoint in `{other}`", hint=f"run stage `{stage}` first")
+    folder, state = found
+    checkpoint.check_identity(folder, state["identity"], identity(job, data), free=("data",))
+    pieces.load(folder, engine, weights_only=True)
+    if state["layout"] != layout(job):
+        _converted(job, folder, state, probe)
+    log.info("weights of `%s`", folder)
+
+
+def _converted(job: Job, folder: Path, state: dict[str, Any], probe: Probe) -> None:
+    """Raise CheckpointError unless the loss on the probe is what it was at the save, where it is the same probe."""
+    there, here = describe_layout(state["layout"]), describe_layout(layout(job))
+    if state["probe"]["data"] != probe.data:
+        log.info("`%s`, saved by %s, converted to %s", folder, there, here)
+        return
+    tolerance = max(PROBE_TOLERANCE[state["layout"]["precision"]], PROBE_TOLERANCE[job.stage.precision])
+    saved, loaded = state["probe"]["loss"], probe.measure()
+    if not abs(saved - loaded) <= tolerance:
+        raise CheckpointError(
+            f"`{folder}`, saved by {there}, does not compute the same in {here}: the loss on its probe was "
+            f"{saved:.6f} and is {loaded:.6f}, further apart than {tolerance:g}",
+            hint="go on in the layout it was saved with; this is a defect of an engine, please report it",
+        )
+    log.info(
+        "`%s`, saved by %s, converted to %s: the loss on its probe was %.6f and is %.6f",
+        folder, there, here, saved, loaded,
+    )  # fmt: skip
+
+
+def save_rng(folder: Path, rank: int) -> None:
+    """Write this rank's random numbers."""
+    import torch
+    from safetensors.torch import save_file
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, folder / f"rng-{rank:05d}.safetensors")
+
+
+def load_rng(folder: Path, rank: int) -> None:
+    """Go on with the random numbers of this rank."""
+    import torch
+    from safetensors.torch import load_file
+
+    states = load_file(folder / f"rng-{rank:05d}.safetensors")
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def new_rng(step: int) -> None:
+    """Begin other random numbers than those this rank's seed gave it at step 0: its part of the model is another.
+
+    Ranks that were seeded alike, because they must drop the same activations, go on alike.
+    """
+    import torch
+
+    digest = hashlib.sha256(f"{torch.initial_seed()}/{step}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8]) >> 1)
