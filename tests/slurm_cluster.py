@@ -76,11 +76,11 @@ for line in sys.stdin:
 class Cluster:
     """A box, and a folder on it that login node and nodes see."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, nodes=NODES):
         self.folder = folder
         self._lock, self._waiting = threading.Lock(), []
         self._agent = subprocess.Popen(
-            [str(SLURMBOX), str(NODES), "--", sys.executable, "-c", AGENT],
+            [str(SLURMBOX), str(nodes), "--", sys.executable, "-c", AGENT],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
