@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.hardware import lacks_bf16
 from orchestrator.registry import find
 from orchestrator.schedule import total_tokens
 from orchestrator.spec import ClusterSpec, DataSpec, Experiment, Limits, ModelSpec, StageSpec
 from orchestrator.store import mask
-
-NO_BF16 = ("V100", "T4", "P100")  # NVIDIA before Ampere (CUDA C++ Programming Guide, section 20.1)
 
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 1": (
@@ -44,11 +43,6 @@ class Problem:
 
     message: str
     hint: str = ""
-
-
-def lacks_bf16(gpu: str) -> bool:
-    """Whether ``gpu`` is too old for bf16."""
-    return any(old in gpu.upper() for old in NO_BF16)
 
 
 def check(experiment: Experiment, name: str) -> list[Problem]:

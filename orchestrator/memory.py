@@ -1,0 +1,252 @@
+"""What one rank holds at its fullest moment, in bytes, by use.
+
+Model states are counted exactly, per pipeline stage; activations tensor by tensor, as jobs/nn/gpt.py keeps them.
+Every number was held against what the allocator says of small models (tests/jobs/test_memory_measured.py). Sources:
+
+[R] Rajbhandari et al. 2020, arXiv:1910.02054: ZeRO, bytes per parameter
+[K] Korthikanti et al. 2022, arXiv:2205.05198: activations, sequence parallel, recompute
+[N] Narayanan et al. 2021, arXiv:2104.04473: 1F1B and its interleaved form
+[D] Dao et al. 2022, arXiv:2205.14135: fused attention keeps no s x s matrix
+
+Letters as in the papers: s seq_len, b micro_batch, h hidden, a heads, t tensor, p pipeline, v interleave.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.spec import ModelSpec, StageSpec
+
+CONTEXT_BYTES = {"gpu": 2.0e9, "cpu": 0.6e9}  # an assumption: runtime, libraries, communicators
+# Of what is allocated, lost between blocks of a caching allocator: 3 to 8 % of activations in published runs' gap
+# between reserved and allocated; an assumption.
+FRAGMENTS = 0.05
+LOGITS_BYTES = 2**31  # larger logits are computed in pieces (jobs/nn/losses.py)
+PIECE_BYTES = {"gpu": 2**29, "cpu": 2**20}  # fp32 copies of logits in the loss (jobs/nn/losses.py)
+BUCKET_ELEMENTS = 5e8  # DeepSpeed's `reduce_bucket_size`, allocated whole
+LIVE_ELEMENTS = 1e9  # weights that its ZeRO-3 leaves gathered (`stage3_max_live_parameters`)
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "other")
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes a parameter: what ZeRO shards, by its levels 1 (optimizer), 2 (gradients) and 3 (weights)."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float = 0.0  # of the weights, while the layers run
+
+
+def states(stage: StageSpec, data: int, micro_batches: int) -> States:
+    """What ``stage.engine`` keeps of a parameter before sharding.
+
+    [R] section 3.1: 2 + 2 + 12 in bf16. PyTorch keeps fp32 weights, and under DDP bf16 copies while autocast is on,
+    and gradients twice while they accumulate: beside its buckets until the last micro-batch.
+    """
+    zero, bf16 = stage.parallel.zero, stage.precision == "bf16"
+    if stage.engine == "torch":
+        twice = 4.0 if zero == 0 and data > 1 and micro_batches > 1 else 0.0
+        return States(4, 4 + twice, 8, 2 if bf16 and zero == 0 else 0)
+    if bf16:
+        return States(2, 4 if zero == 0 and stage.engine == "deepspeed" else 2, 12)
+    return States(4, 4, 8 if zero == 0 else 12)  # sharded, even fp32 weights are copied
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a model that one pipeline stage holds, over all its tensor ranks."""
+
+    layers: int
+    params: int
+    first: bool
+    last: bool
+    in_flight: float  # micro-batches of all its layers that wait for their backward pass
+
+
+def slice_of(model: ModelSpec, stage: StageSpec, index: int, micro_batches: int) -> Slice:
+    """Pipeline stage ``index``: its layers, and the embeddings or the head at the ends."""
+    p = stage.parallel
+    first, last = index == 0, index == p.pipeline - 1
+    h = model.hidden
+    norm = h * (1 + int(model.bias and model.norm == "layernorm")) if model.norm_position == "pre" else 0
+    positions = model.seq_len * h if model.position == "learned" else 0
+    ends = (model.vocab * h + positions if first else 0) + (norm if last else 0)
+    if last and (not first or not model.tie_embeddings):
+        ends += model.vocab * h  # a tied table is held at both ends
+    layers = math.ceil(model.layers / p.pipeline)
+    behind = p.pipeline - index  # stages from here to the end, this one included
+    chunks = 2 * (behind - 1) + (p.interleave - 1) * p.pipeline + 1  # [N] section 2.2.2; [K] section 4.2.3 for index 0
+    in_flight = chunks / p.interleave if p.interleave > 1 else behind
+    return Slice(layers, layers * model.layer_params + ends, first, last, min(in_flight, micro_batches))
+
+
+def rank_bytes(
+    model: ModelSpec, stage: StageSpec, index: int, data: int, micro_batches: int, *, on_gpu: bool = True,
+    flash: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """Bytes of one rank of pipeline stage ``index``, by the names in PARTS."""
+    p, part = stage.parallel, slice_of(model, stage, index, micro_batches)
+    each = states(stage, data, micro_batches)
+    mine = sharded_params(model, part, p.tensor)
+    # [R] figure 1: each level spreads one more part over the data ranks.
+    weights = each.weights * mine / (data if p.zero >= 3 or _torch_shards(stage) else 1)
+    gradients = each.gradients * mine / (data if p.zero >= 2 else 1)
+    optimizer = each.optimizer * mine / (data if p.zero >= 1 else 1)
+    if p.offload != "none":  # ZeRO-Offload, arXiv:2101.06840: sharded gradients follow the optimizer
+        optimizer = 0
+        gradients = 0 if p.zero >= 2 else gradients
+    if p.offload == "all":
+        weights = 0
+    activations = activation_bytes(model, stage, part, flash=flash)
+    logits = logit_bytes(model, stage, on_gpu=on_gpu) if part.last else 0.0
+    buffers = each.copies * mine + buffer_bytes(model, stage, part, data)
+    other = CONTEXT_BYTES["gpu" if on_gpu else "cpu"] + FRAGMENTS * (activations + logits)
+    values = (weights, gradients, optimizer, activations, logits, buffers, other)
+    return dict(zip(PARTS, values, strict=True))
+
+
+def fullest(
+    model: ModelSpec, stage: StageSpec, data: int, micro_batches: int, *, on_gpu: bool = True, flash: bool = True
+) -> tuple[int, dict[str, float]]:
+    """The pipeline stage that needs most, and its parts: the first (most in flight) or the last (the head)."""
+    ends = sorted({0, stage.parallel.pipeline - 1})
+    found = [
+        (i, rank_bytes(model, stage, i, data, micro_batches, on_gpu=on_gpu, flash=flash)) for i in ends
+    ]  # between them neither the micro-batches in flight nor the parameters are more
+    return max(found, key=lambda item: sum(item[1].values()))
+
+
+def sharded_params(model: ModelSpec, part: Slice, tensor: int) -> float:
+    """Parameters of one tensor rank: matrices are split; norms, positions and biases behind a row split are not."""
+    if tensor == 1:
+        return part.params
+    h = model.hidden
+    norm = h * (1 + int(model.bias and model.norm == "layernorm"))
+    whole = part.layers * ((1 if model.parallel_block else 2) * norm + (2 * h if model.bias else 0))
+    whole += model.seq_len * h if part.first and model.position == "learned" else 0
+    whole += norm if part.last and model.norm_position == "pre" else 0
+    return whole + (part.params - whole) / tensor
+
+
+def activation_bytes(model: ModelSpec, stage: StageSpec, part: Slice, *, flash: bool = True) -> float:
+    """What waits for its backward pass, of all micro-batches in flight, and one layer at work."""
+    p = stage.parallel
+    per_layer = layer_activation_bytes(model, stage, flash=flash)
+    rows = model.seq_len * p.micro_batch * model.hidden / (p.tensor if p.sequence else 1)
+    held, at_work = per_layer * part.layers * part.in_flight, 0.0
+    if p.recompute == "full":  # [K] section 5: the input of each layer
+        held = _stream_bytes(stage) * rows * part.layers * part.in_flight
+        at_work = per_layer
+    elif p.recompute == "selective" and not flash:
+        at_work = score_bytes(model, stage)
+    if part.first and model.dropout:
+        held += rows * part.in_flight  # the mask on the embeddings, [K] section 4.3
+    if part.last:
+        held += _stream_bytes(stage) * rows if model.norm_position == "pre" else 0
+    return held + at_work
+
+
+def layer_activation_bytes(model: ModelSpec, stage: StageSpec, *, flash: bool = True) -> float:
+    """What one layer keeps of one micro-batch for its backward pass.
+
+    [K] section 4.1, term by term, s b h (10 + 24 / t) for GPT-3 in 16 bit with dropout; sequence parallel splits the
+    10 too (equation 4). Its 5 a s / h, the scores, is left out where attention is fused [D], and where selective
+    recompute does it again (equation 6).
+    """
+    p, h, f = stage.parallel, model.hidden, model.ffn
+    width, stream = 2 if stage.precision == "bf16" else 4, _stream_bytes(stage)
+    norms = 1 if model.parallel_block else 2
+    whole = h * (stream * norms + 2 * width)  # inputs of the norms; of the qkv and of the up projection
+    if model.parallel_block:
+        whole -= h * width  # the same tensor
+    masks = h * norms if model.dropout else 0  # a byte each
+    queries = h + 2 * model.kv_hidden + h  # q, k, v and the attention's output
+    if model.position == "rope":
+        queries += h + model.kv_hidden  # q and k before the turn lie in the same memory as v, which is kept
+    up = (4 if model.activation == "swiglu" else 2) * f  # before and behind the activation
+    rows = model.seq_len * p.micro_batch
+    split = width * (queries + up) / p.tensor
+    scores = 0.0 if flash or p.recompute == "selective" else score_bytes(model, stage)
+    return rows * ((whole + masks) / (p.tensor if p.sequence else 1) + split) + scores
+
+
+def score_bytes(model: ModelSpec, stage: StageSpec) -> float:
+    """Softmax, and with dropout its mask and output: s b h x 5 a s / (h t) in 16 bit ([K] section 4.1)."""
+    p = stage.parallel
+    width = 2 if stage.precision == "bf16" else 4
+    each = width + (width + 1 if model.dropout else 0)
+    return each * model.heads * model.seq_len**2 * p.micro_batch / p.tensor
+
+
+def logit_bytes(model: ModelSpec, stage: StageSpec, *, on_gpu: bool) -> float:
+    """Logits that the loss keeps, and the fp32 pieces it works in (jobs/nn/losses.py)."""
+    p = stage.parallel
+    width = 2 if stage.precision == "bf16" else 4
+    rows = model.seq_len * p.micro_batch
+    logits = min(LOGITS_BYTES, width * rows * model.vocab / p.tensor)
+    piece = min(PIECE_BYTES["gpu" if on_gpu else "cpu"], 4 * rows * model.vocab / p.tensor)
+    hidden = 3 * width + (4 if _stream_bytes(stage) > width else 0)  # what the head reads, its gradient, the norm's
+    return logits + piece + hidden * rows * model.hidden
+
+
+def buffer_bytes(model: ModelSpec, stage: StageSpec, part: Slice, data: int) -> float:
+    """What engines hold beside: buckets of gradients, weights gathered for the layer at work and the next."""
+    p = stage.parallel
+    width = 2 if stage.precision == "bf16" else 4
+    block = model.layer_params / p.tensor
+    ends = model.embedding_params / p.tensor if p.pipeline == 1 else 0.0
+    if stage.engine == "torch":
+        if p.zero == 3:
+            return width * (3 * block + ends)  # this one, the next, and the buffer it arrives in
+        return width * (sharded_params(model, part, p.tensor) + block) if p.zero else 0.0
+    if p.zero == 3 or p.offload == "all":
+        two = 2 * max(block, model.vocab * model.hidden / p.tensor)
+        kept = min(LIVE_ELEMENTS, sharded_params(model, part, p.tensor))
+        return width * (max(two, kept) + _bucket(stage))
+    if p.zero:
+        return width * _bucket(stage)
+    return 0.0
+
+
+def _bucket(stage: StageSpec) -> float:
+    """Elements of DeepSpeed's reduce bucket."""
+    section: Any = stage.engine_config.get("zero_optimization", {})
+    size = section.get("reduce_bucket_size", BUCKET_ELEMENTS) if isinstance(section, Mapping) else BUCKET_ELEMENTS
+    return float(size) if isinstance(size, int | float) else BUCKET_ELEMENTS
+
+
+def _torch_shards(stage: StageSpec) -> bool:
+    """FSDP2 keeps fp32 weights sharded at every level; what it gathers are buffers."""
+    return stage.engine == "torch" and stage.parallel.zero > 0
+
+
+def _stream_bytes(stage: StageSpec) -> int:
+    """Bytes an element of the residual stream: under DDP, autocast leaves it in fp32."""
+    return 4 if stage.precision == "fp32" or (stage.engine == "torch" and stage.parallel.zero == 0) else 2
+
+
+def ppo_phase_bytes(
+    model: ModelSpec, stage: StageSpec, data: int, *, actors: int, prompt: int, response: int, trained: int = 2
+) -> dict[str, dict[str, float]]:
+    """Bytes of one rank in each phase of PPO: rollout, scoring, update.
+
+    Four models as InstructGPT's (Ouyang et al. 2022, arXiv:2203.02155, section 3.5): policy and value train,
+    reference and reward are frozen weights. ``actors`` sequences are generated at once, with a cache of keys and
+    values: 2 x layers x kv_hidden elements a token.
+    """
+    p, width = stage.parallel, 2 if stage.precision == "bf16" else 4
+    base = rank_bytes(model, stage, 0, data, 1)
+    held = trained * sum(base[k] for k in ("weights", "gradients", "optimizer"))
+    frozen = (4 - trained) * base["weights"]
+    gathered = width * model.params / p.tensor if p.zero == 3 else 0.0
+    cache = 2 * model.layers * model.kv_hidden * width * actors * (prompt + response) / p.tensor
+    last = width * actors * model.vocab / p.tensor  # logits of the newest token only
+    scores = width * p.micro_batch * (prompt + response) * (model.vocab / p.tensor + 4 * model.hidden)
+    common = {"states": held, "frozen": frozen, "buffers": base["buffers"], "other": base["other"]}
+    return {
+        "rollout": {**common, "gathered": gathered, "kv_cache": cache, "logits": last},
+        "scoring": {**common, "gathered": 0.0, "logits": scores},
+        "update": {**common, "activations": base["activations"], "logits": base["logits"]},
+    }
