@@ -222,7 +222,7 @@ class Decision:
     nodes: tuple[str, ...] = ()  # to stay away from
 
 
-def decide(e: Evidence) -> Decision:  # noqa: PLR0911 a table, read from the top
+def decide(e: Evidence) -> Decision:
     """What to do after an attempt. A reason is always given."""
     if e.noted == "done":
         return Decision(cause="done", next="stop", note=e.note or "the target step is reached")
@@ -234,12 +234,14 @@ def decide(e: Evidence) -> Decision:  # noqa: PLR0911 a table, read from the top
     if failures and kind(failures[0]) == "user":
         return _error(failures[0])
     if e.told:
-        return _from_outside(e)
-    found = e.frozen and Decision(
-        cause="frozen", next="requeue", note=e.frozen.why, ranks=e.frozen.ranks, nodes=e.frozen.nodes
-    )
-    found = found or _machine(e, failures)
-    if found.next == "requeue" and e.fruitless >= e.patience.attempts:
+        found = _from_outside(e)
+    elif e.frozen:
+        f = e.frozen
+        found = Decision(cause="frozen", next="requeue", note=f.why, ranks=f.ranks, nodes=f.nodes)
+    else:
+        found = _machine(e, failures)
+    # What Slurm requeues itself cannot be stopped here; it is before the next start.
+    if found.next == "requeue" and e.told != "requeued" and e.fruitless >= e.patience.attempts:
         note = f"{found.note}; {fruitless_note(e.fruitless)}"
         return Decision(cause=found.cause, next="stop", note=note, ranks=found.ranks, nodes=found.nodes)
     return found
@@ -253,13 +255,13 @@ def fruitless_note(attempts: int) -> str:
 def fruitless(attempts: Sequence[Any]) -> int:
     """How many of the newest of one submission's ``attempts`` brought no new checkpoint.
 
-    Those that were asked to leave are passed over: that others come first says nothing about this run.
+    Those that Slurm or the user ended at once are passed over: that others come first says nothing about this run.
     """
     count = 0
     for attempt in reversed(attempts):
         if attempt.checkpoint_step > attempt.from_step:
             break
-        count += attempt.cause not in ("preempted", "requeued", "cancelled")
+        count += attempt.cause not in ("requeued", "cancelled")
     return count
 
 
@@ -284,7 +286,7 @@ def _from_outside(e: Evidence) -> Decision:
     return Decision(cause="cancelled", next="stop", note="the job was cancelled at once")
 
 
-def _machine(e: Evidence, failures: Sequence[Mapping[str, Any]]) -> Decision:  # noqa: PLR0911 the same
+def _machine(e: Evidence, failures: Sequence[Mapping[str, Any]]) -> Decision:  # noqa: PLR0911 a table, read from the top
     """The end of an attempt that nobody asked for, and for which no rank named an error of the user."""
     left = exits(e.said)
     full = [x for x in left if x.how.startswith("Out Of Memory")]
@@ -304,7 +306,8 @@ def _machine(e: Evidence, failures: Sequence[Mapping[str, Any]]) -> Decision:  #
     wordless = [x for x in left if not {*x.ranks} & {int(f["rank"]) for f in failures}]
     for x in wordless:
         if x.how.startswith(VANISHED):
-            return _blame("lost", x.ranks, f"left without a word: {x.how}", e)
+            perhaps = "; by the kernel, for want of memory? its log on the node says so" * (x.how == "Killed")
+            return _blame("lost", x.ranks, f"left without a word: {x.how}{perhaps}", e)
     if failures:
         first = failures[0]
         note = f"only lost connections were seen, first by rank {first['rank']}: {first['message']}"

@@ -154,6 +154,8 @@ class Warden:
         record.cause, record.note, record.ended_at = decision.cause, decision.note, time.time()
         record.next, record.culprits = decision.next, list(decision.nodes)
         self.run.save_end(record, draft=True)
+        if evidence.told == "over" and decision.next == "requeue":  # the time is up
+            _slurm("scontrol", "requeue", self.job_id)
 
     def _end_step(self, srun: subprocess.Popen[str]) -> None:
         """Let every rank that can write where it is into its log, then end them all."""

@@ -86,6 +86,9 @@ TABLE = {
     ),
     "third in a row": (replace(SEEN, said=KILLED, fruitless=3), "lost", "stop", ("node2",), "3 attempts in a row"),
     "third, but preempted": (replace(SEEN, noted="preempted", fruitless=3), "preempted", "requeue", (), ""),
+    "third that takes too long": (
+        replace(SEEN, told="over", time_is_up=True, fruitless=3), "preempted", "stop", (), "3 attempts in a row",
+    ),
     "second in a row": (replace(SEEN, said=KILLED, fruitless=2), "lost", "requeue", ("node2",), ""),
 }  # fmt: skip
 
@@ -111,8 +114,9 @@ class Attempt:
         ([], 0),
         ([("lost", 0, 0)] * 3, 3),
         ([("lost", 0, 0), ("lost", 0, 9), ("", 9, 9), ("frozen", 9, 9)], 2),
-        ([("lost", 9, 9), ("preempted", 9, 9), ("requeued", 9, 9), ("lost", 9, 9)], 2),  # to make room is no sign
+        ([("lost", 9, 9), ("cancelled", 9, 9), ("requeued", 9, 9), ("lost", 9, 9)], 2),  # to make room is no sign
         ([("lost", 9, 9), ("preempted", 9, 12)], 0),
+        ([("preempted", 9, 9), ("preempted", 9, 9)], 2),  # the time is always up before it has saved
     ],
 )
 def test_attempts_in_a_row_without_a_checkpoint(attempts, count):
