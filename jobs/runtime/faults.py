@@ -17,7 +17,7 @@ from types import FrameType
 
 from orchestrator import recover
 from orchestrator.errors import OrchError
-from orchestrator.run import Cause, Run, read_json, write_json
+from orchestrator.run import Cause, Run, order, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,6 @@ def is_current(run: Run, attempt: str) -> bool:
 
     Only then may it commit. Read from disk: after a network partition the one that was replaced may be alive still.
     """
-
-    def order(name: str) -> tuple[int, int]:
-        number, _, restarts = name.partition("r")
-        return int(number), int(restarts or 0)
 
     if (run.folder / "ends" / f"{attempt}.json").exists():
         return False
