@@ -1,5 +1,6 @@
 """What is found ahead of a run: judgements with known answers, real sockets, and real jobs on a real Slurm."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import NODES as BOX
-from slurm_cluster import ORCH, wait
+from slurm_cluster import ORCH, Cluster, wait
 
 from jobs.runtime import probe
 from jobs.runtime.slurm import first_host
 from launch import _slurm_preflight as preflight
+from launch import _slurmbox
 from orchestrator.compose import compose
+from orchestrator.errors import LaunchError
 from orchestrator.run import Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sbatch"
@@ -237,6 +240,11 @@ def hidden(cluster, folder, node):
         cluster(*there, "umount", "--lazy", folder)
 
 
+def reports(cluster, name):
+    """What `orch preflight` prints as JSON, before what it says on stderr as it waits."""
+    return json.JSONDecoder().raw_decode(cluster(ORCH, "preflight", name, "--json"))[0]
+
+
 @pytest.mark.slurm
 def test_a_sick_node_is_found_and_left_out(cluster):
     """On node2 the run folder cannot be seen: the stages go without it, on nodes that are well."""
@@ -245,7 +253,7 @@ def test_a_sick_node_is_found_and_left_out(cluster):
     with hidden(cluster, cluster.folder / "runs" / ".rehearsal" / "sick", "node2"):
         said = cluster(ORCH, *words, "--preflight")
     assert "1 of 2 nodes are well" in said and "node2  no answer" in said
-    ahead, first, rehearsal = json.loads(cluster(ORCH, "preflight", "sick", "--json"))
+    ahead, first, rehearsal = reports(cluster, "sick")
     assert (ahead["sick"], ahead["passed"], ahead["needed"]) == (["node2"], True, 2)
     assert (first["passed"], first["ranks"], rehearsal["passed"], rehearsal["ranks"]) == (True, 1, True, 2)
     run = Run.load(cluster.folder / "runs" / ".rehearsal" / "sick" / "pretrain")
@@ -280,3 +288,67 @@ def test_elsewhere_there_is_nothing_to_look_at(cluster):
     said = cluster(ORCH, "submit", "base.yaml", "name=here", "--launcher", "local", "--preflight", ok=1)
     assert "`--preflight`: this launcher starts no job ahead" in said
     assert "nothing has looked ahead for `here`" in cluster(ORCH, "preflight", "here", ok=1)
+
+
+# 175 billion parameters on 1,024 GPUs
+
+PLAN = compose("gpt3-175b", []).experiment.stages["pretrain"].parallel
+WORDS = []
+if PLAN.nodes != 128:  # the preset is of fewer GPUs
+    layout = {"nodes": 128, "tensor": 8, "pipeline": 16, "zero": 1, "micro_batch": 1}
+    PLAN, WORDS = dataclasses.replace(PLAN, **layout), [f"stages.pretrain.parallel.{k}={v}" for k, v in layout.items()]
+CONFIG = GOLDEN.parents[2] / "configs" / "gpt3-175b.yaml"
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """A box of 128 nodes with 8 fake GPUs each."""
+    try:
+        _slurmbox.check()
+    except LaunchError as error:
+        pytest.skip(f"{error}; {error.hint}")
+    box = Cluster(tmp_path_factory.mktemp("thousand"), nodes=128)
+    try:
+        yield box
+    finally:
+        box.close()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_gpt3_175b_on_128_nodes(thousand):
+    """Submitted as a user would: the preflight has all nodes, and the stage behind it may then start."""
+    thousand(ORCH, "submit", CONFIG, *WORDS, "--preflight", "--detach")
+    run = thousand.run("gpt3-175b")
+    thousand("scontrol", "uhold", run.submissions[-1].job_id)  # this machine cannot import torch 1,024 times
+    assert thousand.job(run, "%T %r") == "PENDING JobHeldUser"
+    (report,) = reports(thousand, "gpt3-175b")
+    assert report["passed"] and not report["sick"]
+    assert {name: node["gpus"] for name, node in report["nodes"].items()} == {f"node{i}": 8 for i in range(1, 129)}
+    assert report["nodes"]["node1"]["met"] == 127
+    wait(lambda: thousand.job(run, "%E") == "(null)", "leave to start")
+    assert thousand.job(run, "%D %r") == "128 JobHeldUser"
+    thousand(ORCH, "cancel", "gpt3-175b")
+    wait(lambda: thousand.job(run) in ("", "CANCELLED"), "the end")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_rehearsal_of_1024_ranks(thousand):
+    """Each rank of the stage's own job has its own coordinates, its node, and the one rendezvous of all."""
+    thousand(ORCH, "submit", CONFIG, *WORDS, "--rehearse")
+    report = reports(thousand, "gpt3-175b")[-1]
+    assert report["problems"] == [] and report["passed"]
+    assert (report["ranks"], report["nodes"]) == (1024, 128)
+    data = 1024 // PLAN.pipeline // PLAN.tensor
+    assert report["sizes"] == {"data": data, "pipeline": PLAN.pipeline, "tensor": PLAN.tensor}
+    folder = thousand.folder / "runs" / ".rehearsal" / "gpt3-175b" / "pretrain" / "rehearsal"
+    told = {}
+    for file in (folder / "ranks").iterdir():
+        lines = dict(line.split("=", 1) for line in file.read_text().splitlines())
+        told[int(file.name)] = lines
+    assert sorted(told) == list(range(1024))
+    for rank, lines in told.items():
+        assert (lines["SLURMD_NODENAME"], lines["SLURM_LOCALID"]) == (f"node{rank // 8 + 1}", str(rank % 8))
+        assert (lines["SLURM_NTASKS"], lines["SLURM_JOB_NODELIST"], lines["torch"]) == ("1024", "node[1-128]", "False")
+    assert report["rendezvous"].startswith("node1:")
