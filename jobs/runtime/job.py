@@ -95,6 +95,7 @@ class Job:
 
     def report(self, step: int, values: Mapping[str, float], *, tokens: int) -> None:
         """Log one step: a line, `metrics.jsonl`, the heartbeat. Any rank may call it; rank 0 writes."""
+        self.mark()
         if self.metrics is None:
             return
         self.metrics.log(step, values, tokens=tokens)
