@@ -53,6 +53,8 @@ def _stand(run: Run, silent: dict[str, str]) -> Standing:
     state = run.state(alive=alive, attempts=attempts)
     if state == "running" and seen and seen.waiting:
         state = "queued"  # to begin again
+    elif state == "queued" and seen and seen.state == "RUNNING" and not (attempts and attempts[-1].next):
+        state = "running"  # its ranks have not begun
     sure = launcher not in silent or not alive
     return Standing(run=run, attempts=attempts, state=state, alive=alive, sure=sure, seen=seen)
 
@@ -70,6 +72,7 @@ def row(standing: Standing) -> dict[str, Any]:
     run, attempts, seen = standing.run, standing.attempts, standing.seen
     beat = run.heartbeat()
     last = attempts[-1] if attempts else None
+    trains = bool(last and beat.get("attempt") == last.name and standing.state == "running")
     return {
         "run": run.name,
         "state": standing.state,
@@ -82,7 +85,8 @@ def row(standing: Standing) -> dict[str, Any]:
         "attempts": len(attempts),
         "causes": [a.cause for a in attempts],
         "ended": _how_it_ended(standing),
-        "left_s": left_s(beat) if standing.state == "running" else None,
+        "starting": standing.state == "running" and not trains,
+        "left_s": left_s(beat) if trains else None,
         "heartbeat_at": beat.get("time"),
         "job_id": run.submissions[-1].job_id if run.submissions else "",
         "sure": standing.sure,
@@ -109,6 +113,8 @@ def note(row: Mapping[str, Any], now: float) -> str:
         return _waits(row, now)
     if row["state"] != "running":
         return str(row["ended"])
+    if row["starting"]:
+        return "starting" if row["steps"] else ""  # `prepare` has no steps to wait for
     words = []
     if row["left_s"]:
         words.append(f"{logbook.duration(row['left_s'])} left")

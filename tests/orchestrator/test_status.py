@@ -199,7 +199,14 @@ def test_attempts_in_a_few_words(causes, state, said):
 def test_the_note(row, said):
     beat = {"step": 10, "steps": 100, "tokens": 1000, "tokens_per_s": 10.0}
     left = status.left_s(beat) if row["state"] == "running" else None
-    whole = {"heartbeat_at": None, "left_s": left, "why": queue.why(row.get("reason", "")), **beat, **row}
+    whole = {
+        "starting": False,
+        "heartbeat_at": None,
+        "left_s": left,
+        "why": queue.why(row.get("reason", "")),
+        **beat,
+        **row,
+    }
     assert status.note(whole, now=1000.0) == said
 
 
