@@ -4,33 +4,29 @@ Everything that can be refused is refused before the first byte is written. ``ru
 so a folder without one is the rest of a submission that was killed, and is written again.
 """
 
-import dataclasses
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from launch import Launcher
 from orchestrator import inputs
-from orchestrator.compose import Composed
+from orchestrator.compose import Composed, compose
 from orchestrator.errors import ConfigError, LaunchError, TrackingError
 from orchestrator.plan import Estimate, plan
 from orchestrator.preflight import REHEARSALS
 from orchestrator.registry import did_you_mean, find
+from orchestrator.relayout import continues, moved, what_counts
 from orchestrator.run import Run, State, list_runs, write_atomic, write_json
 from orchestrator.spec import Experiment
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("orchestrator", "jobs", "launch")  # what a run's `code/` holds
-WHERE_ONLY = (  # keys of the cluster that say how jobs reach it and what they cost, not what they compute
-    "launcher", "slurm", "usd_per_gpu_hour", "matmul_tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s",
-    "gpu_watts", "failures_per_node_day", "restart_s", "queue_s", "storage_tb", "step_factor", "memory_factor",
-)  # fmt: skip
 
 
 def submit(
@@ -46,9 +42,10 @@ def submit(
 ) -> list[Run]:
     """Queue ``stages`` of an experiment, or all of them, below the runs folder ``root``; return what was queued.
 
-    Submitting again goes on where the experiment stands: a stage that is done is passed over, one that
-    stopped or failed is resumed. With ``dry_run`` the folders are written and nothing is queued; with
-    ``preflight`` a job before them looks at the nodes; with ``rehearse`` nothing trains, and the folders lie apart.
+    Submitting again goes on where the experiment stands: a stage that is done is passed over, one that stopped
+    or failed is resumed, in another layout if ``composed`` has another. With ``dry_run`` the folders are written
+    and nothing is queued; with ``preflight`` a job before them looks at the nodes; with ``rehearse`` nothing
+    trains, and the folders lie apart.
 
     Raises:
         PlanError: a stage cannot run or does not fit; ``force`` lets pass what does not fit.
@@ -82,6 +79,10 @@ def submit(
         for run in pending:
             if not _begun(run):
                 _write(run, experiment, estimates.get(run.stage))
+            elif moved(run, experiment):
+                _write_spec(run, experiment, estimates.get(run.stage))
+            if said := continues(run, experiment):
+                log.info("%s", said)
         if rehearse and not dry_run:
             through.submit(pending, **extras)
         elif pending and not dry_run:
@@ -89,13 +90,14 @@ def submit(
     return pending
 
 
-def resume(runs: Sequence[Run]) -> list[Run]:
+def resume(runs: Sequence[Run], overrides: Sequence[str] = (), *, force: bool = False) -> list[Run]:
     """Queue those of ``runs`` that are not done, in order, from their newest checkpoints; return them.
 
-    A resumed run keeps its spec, its code and its MLflow run.
+    A resumed run keeps its spec, its code and its MLflow run; ``overrides`` may change its layout.
 
     Raises:
-        LaunchError: one of them is running, or all are done.
+        LaunchError: one of them is running, or all are done; an override changes more than the layout.
+        PlanError: the new layout cannot run or does not fit; ``force`` lets pass what does not fit.
     """
     pending = [run for run in runs if state(run) != "done"]
     if not pending:
@@ -104,6 +106,11 @@ def resume(runs: Sequence[Run]) -> list[Run]:
             f"nothing to resume: {names} reached the last step",
             hint="to train on, submit with more steps and a new `name=...`",
         )
+    if overrides:
+        _refuse_groups(overrides)
+        composed = compose(pending[0].folder / "spec.yaml", overrides)
+        last = pending[0].submissions[-1].launcher if pending[0].submissions else None
+        return submit(composed, root=pending[0].root, stages=[r.stage for r in pending], launcher=last, force=force)
     experiment = pending[0].spec()
     with ExitStack() as held:
         for run in pending:
@@ -229,7 +236,7 @@ def _refuse_alive(run: Run) -> None:
 
 def _refuse_other_config(run: Run, experiment: Experiment) -> None:
     """Raise LaunchError if what ``run`` computes, or from what, is not what ``experiment`` says."""
-    old, new = _what_counts(run.spec(), run.stage), _what_counts(experiment, run.stage)
+    old, new = what_counts(run.spec(), run.stage), what_counts(experiment, run.stage)
     differ = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     if differ:
         first = "; ".join(f"`{k}` was {old.get(k)}, is {new.get(k)}" for k in differ[:3])
@@ -239,6 +246,17 @@ def _refuse_other_config(run: Run, experiment: Experiment) -> None:
             f"run `{run.name}` began with another config: {first}{more}",
             hint=f"give the new one a name of its own, `name=...`{old_one}",
         )
+
+
+def _refuse_groups(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for `cluster=...`: a run's spec has values, no groups they came from."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if "." not in key:
+            raise ConfigError(
+                f"`{override}`: only a config has groups to swap, and a run goes on with its spec",
+                hint=f"set keys, such as `{key}.gpus_per_node=4`, or `orch submit` its config with `{override}`",
+            )
 
 
 def _check_needs(runs: Sequence[Run], experiment: Experiment) -> None:
@@ -254,23 +272,6 @@ def _check_needs(runs: Sequence[Run], experiment: Experiment) -> None:
                     hint=f"submit both: `--stage {other} --stage {run.stage}`",
                 )
         inputs.check(experiment, run.stage, before)
-
-
-def _what_counts(experiment: Experiment, stage: str) -> dict[str, Any]:
-    """The settings that ``stage`` depends on, by dotted key: not the other stages, not where it runs."""
-
-    def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping) and value:
-            for name, below in value.items():
-                yield from flat(below, f"{key}.{name}" if key else str(name))
-        else:
-            yield key, value
-
-    whole = dataclasses.asdict(experiment)
-    whole["stages"] = {stage: whole["stages"].get(stage)}
-    for key in WHERE_ONLY:
-        del whole["cluster"][key]
-    return dict(flat(whole))
 
 
 # The run folder
@@ -296,13 +297,18 @@ def _make_folder(run: Run) -> None:
 
 def _write(run: Run, experiment: Experiment, estimate: Estimate | None) -> None:
     """Write all that a run folder holds before the job starts, ``run.json`` last."""
+    _write_spec(run, experiment, estimate)
+    _copy_code(run.folder / "code")
+    (run.folder / "logs").mkdir(exist_ok=True)
+    run.save()
+
+
+def _write_spec(run: Run, experiment: Experiment, estimate: Estimate | None) -> None:
+    """Write what is to be computed, in which layout, and what it is expected to take."""
     from omegaconf import OmegaConf
 
     write_atomic(run.folder / "spec.yaml", OmegaConf.to_yaml(OmegaConf.structured(experiment)))
     write_json(run.folder / "plan.json", estimate.to_json() if estimate else None)
-    _copy_code(run.folder / "code")
-    (run.folder / "logs").mkdir(exist_ok=True)
-    run.save()
 
 
 def _copy_code(target: Path) -> None:

@@ -19,7 +19,9 @@ import pytest
 from orchestrator import submit as submitting
 from orchestrator.compose import Composed, compose
 from orchestrator.errors import ConfigError, DataError, LaunchError, PlanError
-from orchestrator.run import Attempt, Run, Submission, list_runs
+from orchestrator.relayout import announcements
+from orchestrator.run import Attempt, Run, Submission, list_runs, write_json
+from orchestrator.spec import layout_of
 
 CONFIG = """
 name: tiny
@@ -175,8 +177,6 @@ def test_another_config_under_the_same_name_is_refused(composed):
         dry(composed("stages.train.steps=20", "model.layers=2"))
     assert "`model.layers` was 1, is 2; `stages.train.steps` was 10, is 20" in str(caught.value)
     assert "name=" in caught.value.hint and "orch resume tiny/train" in caught.value.hint
-    with pytest.raises(LaunchError, match=r"`cluster\.gpus_per_node` was 2, is 4"):
-        dry(composed("cluster.gpus_per_node=4"))
     end(train, "done")
     with pytest.raises(LaunchError) as caught:
         dry(composed("model.layers=2"))
@@ -187,6 +187,32 @@ def test_another_config_under_the_same_name_is_refused(composed):
     assert len(list_runs(Path("runs"))) == 3
     dry(composed("stages.train.steps=20", "name=other"))
     assert len(list_runs(Path("runs"))) == 6
+
+
+def test_the_layout_of_a_run_may_change(composed, caplog):
+    """Engine, parallel plan and cluster; what is computed may not, by `orch resume` either."""
+    _, train, _ = dry(composed())
+    with handed_over(train):
+        end(train, "cancelled")
+    checkpoint = train.checkpoints / "step-0000005"
+    checkpoint.mkdir(parents=True)
+    stage = train.spec().stages["train"]
+    write_json(checkpoint / "state.json", {"position": {"step": 5}, "layout": layout_of(stage, 2)})
+    write_json(checkpoint / "MANIFEST.json", {})
+    moved = "stages.train.engine=deepspeed", "stages.train.parallel.zero=2", "cluster.gpus_per_node=4"
+    with caplog.at_level("INFO"):
+        dry(composed(*moved))
+    said = "continues from step 5, saved by torch ZeRO-0 on 2 ranks in fp32; converts to deepspeed ZeRO-2 on 4 ranks"
+    assert f"`tiny/train` {said} in fp32" in caplog.text
+    spec = Run.load(train.folder).spec()
+    assert (spec.stages["train"].engine, spec.cluster.gpus_per_node) == ("deepspeed", 4)
+    assert spec.stages["train"].parallel.zero == 2
+    assert announcements(train.root, spec, ["train"]) == [f"`tiny/train` {said} in fp32"]
+
+    with pytest.raises(LaunchError, match=r"`stages.train.optimizer.lr` was 0.0001, is 0.1"):
+        submitting.resume([Run.load(train.folder)], ["stages.train.optimizer.lr=0.1"])
+    with pytest.raises(ConfigError, match="`cluster=h200`: only a config has groups to swap"):
+        submitting.resume([Run.load(train.folder)], ["cluster=h200"])
 
 
 def test_a_dry_run_binds_nobody(composed):
