@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -175,14 +175,13 @@ class Warden:
         node_of = {sign.rank: sign.node for sign in beat.read(self.run, self.name)}
         left = recover.exits(self.said)
         node_of |= {x.ranks[0]: x.node for x in left if len(x.ranks) == 1 and x.ranks[0] not in node_of}
-        again = int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         over = job["JobState"] not in ("RUNNING", "SUSPENDED") if job else self.told
         limit_s = _seconds(job.get("TimeLimit", ""))
         return Evidence(
             world=self.world,
             noted=record.cause,
             note=record.note,
-            told="requeued" if again else "over" if over else "",
+            told="requeued" if _requeued(job) else "over" if over else "",
             time_is_up=limit_s is not None and time.time() - self._began >= limit_s - 2,
             preempting=job.get("PreemptTime", "None") not in ("None", "Unknown"),
             frozen=frozen,
@@ -219,7 +218,6 @@ class Warden:
         """Do what was decided; return the exit status of the job."""
         log.info("%s, %s: %s", decision.cause, decision.next, decision.note)
         job, note, excluded = self._job(), decision.note, self._excluded()
-        again = int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         avoid = [node for node in decision.nodes if node not in excluded]
         if avoid and decision.next == "requeue":
             listed = job.get("ExcNodeList", "(null)").replace("(null)", "")
@@ -236,8 +234,8 @@ class Warden:
                     self._forwarder.wait(FAREWELL_S)
             return 0 if decision.cause == "done" else 1
 
-        status, said = (0, "") if again else _slurm("scontrol", "requeue", self.job_id)
-        if status and int(self._job().get("Restarts", "0")) <= int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        status, said = (0, "") if _requeued(job) else _slurm("scontrol", "requeue", self.job_id)
+        if status and not _requeued(self._job()):
             self._save_end(**end, next="stop", note=f"{note}; not requeued: {said}", excluded=excluded)
             return 1
         if self._forwarder:
@@ -264,6 +262,11 @@ class Warden:
         for key, value in changes.items():
             setattr(record, key, value)
         self.run.save_end(record)
+
+
+def _requeued(job: Mapping[str, str]) -> bool:
+    """Whether ``job`` goes back into the queue already: Slurm counts the next start as soon as it is decided."""
+    return int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _slurm(*command: str) -> tuple[int, str]:
