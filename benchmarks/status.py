@@ -10,6 +10,7 @@ processes, interpreter start included, taking turns; nothing is cached between t
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -121,12 +122,18 @@ def inside(options: argparse.Namespace) -> None:
             "orch list": [str(ORCH), "list"],
         }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
+        cpu: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(options.repeats):
             for name, command in commands.items():
-                started = time.perf_counter()
+                started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
                 subprocess.run(command, env=env, check=True, capture_output=True)
                 seconds[name].append(time.perf_counter() - started)
-    table = {n: {"median_s": statistics.median(s), "min_s": min(s), "max_s": max(s)} for n, s in seconds.items()}
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                cpu[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    table = {
+        n: {"median_s": statistics.median(s), "min_s": min(s), "max_s": max(s), "cpu_s": statistics.median(cpu[n])}
+        for n, s in seconds.items()
+    }
     print(json.dumps({"states": states, "processes": table}))
 
 
@@ -147,9 +154,11 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return None
     print("runs: " + ", ".join(f"{n} {state}" for state, n in sorted(result["states"].items())))
-    print(f"\n{'whole process':<28}{'median ms':>10}{'min':>8}{'max':>8}")
+    print(f"\n{'whole process':<28}{'median ms':>10}{'min':>8}{'max':>8}{'cpu ms':>8}")
     for name, s in result["processes"].items():
-        print(f"{name:<28}{s['median_s'] * 1e3:>10.0f}{s['min_s'] * 1e3:>8.0f}{s['max_s'] * 1e3:>8.0f}")
+        print(
+            f"{name:<28}{s['median_s'] * 1e3:>10.0f}{s['min_s'] * 1e3:>8.0f}{s['max_s'] * 1e3:>8.0f}{s['cpu_s'] * 1e3:>8.0f}"
+        )
     return None
 
 

@@ -116,10 +116,12 @@ def test_requeued_cancelled_and_followed(place):
     follower = threading.Thread(target=lambda: said.append(place.orch("logs", "-f", "requeued/pretrain")))
     follower.start()
     place.cluster("scontrol", "requeue", run.submissions[-1].job_id)
+    place.cluster("scontrol", "hold", run.submissions[-1].job_id)  # so that there is time to look
     wait(lambda: place.cluster.job(run) == "PENDING", "the requeue")
     row = place.rows()["requeued"]
     assert (row["state"], row["attempts"], row["scheduler_state"]) == ("queued", 1, "PENDING")
     assert f"job {row['job_id']} PENDING" in place.orch("status", "requeued/pretrain")
+    place.cluster("scontrol", "release", run.submissions[-1].job_id)
     began(place, run, "1r1")
     assert place.rows()["requeued"]["state"] == "running"
     assert "was killed" in place.orch("cancel", "requeued/pretrain", "--now")
