@@ -12,7 +12,6 @@ from orchestrator.logbook import duration
 from orchestrator.run import Run
 from orchestrator.show import err, out, pasteable, table
 from orchestrator.status import Standing, left_s, look, row
-from orchestrator.submit import cancel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +29,8 @@ def follow(runs: Sequence[Run]) -> bool:
 
     Returns whether it stayed to the end.
     """
+    from orchestrator.submit import cancel
+
     asked, said = False, ""
     with Bars(runs) if sys.stderr.isatty() else Lines(err()) as shown:
         while True:

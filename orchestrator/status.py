@@ -12,8 +12,8 @@ from typing import Any
 from launch import Seen
 from orchestrator import logbook
 from orchestrator.errors import LaunchError
+from orchestrator.registry import find
 from orchestrator.run import Attempt, Run, State
-from orchestrator.submit import launcher_of
 
 QUIET_STEPS, QUIET_S = 10, 120.0  # without a step, after which a run that is said to run is called quiet
 
@@ -42,7 +42,7 @@ def _stand(run: Run, silent: dict[str, str]) -> Standing:
     launcher = run.submissions[-1].launcher if run.submissions else ""
     alive = False
     if launcher and launcher not in silent:
-        through = launcher_of(launcher)
+        through: Any = find("launch", launcher)
         try:
             seen = through.seen(run) if hasattr(through, "seen") else None
             alive = through.alive(run)
@@ -102,7 +102,7 @@ def row(standing: Standing) -> dict[str, Any]:
 def book(standing: Standing) -> logbook.Logbook:
     """The logbook of a run. Reads all of its metrics, and may ask the scheduler how attempts ended."""
     run = standing.run
-    through = launcher_of(run.submissions[-1].launcher) if run.submissions else None
+    through: Any = find("launch", run.submissions[-1].launcher) if run.submissions else None
     ended = through.ended(run) if through and hasattr(through, "ended") else {}
     return logbook.of(run, running=standing.state == "running", ended=ended)
 
