@@ -61,6 +61,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
     found += _machines(where, stage, cluster)
     found += _split(where, stage, model, cluster)
     found += _batch(where, stage, cluster)
+    found += _rounds(where, stage, cluster, limits)
     found += _engine(where, stage, limits)
     found += _schedule(where, stage, model)
     return found
@@ -152,6 +153,12 @@ def _split(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec)
             message=f"`model.layers` {model.layers} do not split into `{where}.parallel.pipeline` {p.pipeline}",
             hint=f"`{where}.parallel.pipeline` may be {_any(_divisors(model.layers, p.pipeline))}",
         )
+    elif model.layers % (p.pipeline * p.interleave):
+        yield Problem(
+            message=f"`model.layers` {model.layers} do not split into pipeline {p.pipeline} x "
+            f"`{where}.parallel.interleave` {p.interleave} = {p.pipeline * p.interleave} chunks",
+            hint=f"`{where}.parallel.interleave` may be {_any(_divisors(model.layers // p.pipeline, p.interleave))}",
+        )
     tensors = _any(_divisors(math.gcd(model.heads, model.kv_heads or model.heads, cluster.gpus_per_node), p.tensor))
     for key, size in {"heads": model.heads, "kv_heads": model.kv_heads}.items():
         if size and size % p.tensor:
@@ -188,6 +195,26 @@ def _batch(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Probl
             yield Problem(
                 message=f"`{where}.{key}` {size} does not divide by data {data} x micro_batch {p.micro_batch} = {each}",
                 hint=f"`{where}.{key}` may be {_any(_multiples(size, each))}",
+            )
+
+
+def _rounds(where: str, stage: StageSpec, cluster: ClusterSpec, limits: Limits) -> Iterator[Problem]:
+    """Micro-batches that fill a pipeline; interleaved, they come in rounds of as many as there are stages."""
+    p, s = stage.parallel, stage.schedule
+    data, left = divmod(p.nodes * cluster.gpus_per_node, p.tensor * p.pipeline)
+    if left or p.pipeline == 1:
+        return
+    stages, each = p.pipeline, data * p.micro_batch
+    batches = {"global_batch": stage.global_batch, "schedule.ramp_from": s.ramp_from, "schedule.ramp_step": s.ramp_step}
+    for key, size in batches.items():
+        turns, left = divmod(size or 0, each)
+        short = limits.full_pipeline and turns < stages and key != "schedule.ramp_step"
+        if size and not left and (short or (p.interleave > 1 and turns % stages)):
+            words = "at least as many" if p.interleave == 1 else "a multiple of them"
+            yield Problem(
+                message=f"`{where}.{key}` {size} makes {turns} micro-batches for a pipeline of {stages} stages, and "
+                f"engine `{stage.engine}` needs {words}",
+                hint=f"`{where}.{key}` may be {_any(_multiples(size, each * stages))}",
             )
 
 

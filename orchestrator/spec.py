@@ -270,6 +270,7 @@ class Limits:
 
     refused: tuple[Refusal, ...] = ()
     owned: tuple[str, ...] = ()  # keys of engine_config, dotted, that the plan sets; empty: it takes none
+    full_pipeline: bool = False  # a pipeline takes no fewer micro-batches than it has stages
 
     def refusals(self, stage: StageSpec) -> list[Refusal]:
         """All that applies to ``stage``; empty where the engine can run it."""
