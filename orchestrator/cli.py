@@ -151,26 +151,49 @@ def show(config: str, overrides: Sequence[str], key: str | None, as_json: bool) 
 
 
 @cli.command()
-@CONFIG
+@click.argument("config", required=False)
 @OVERRIDES
 @STAGES
 @click.option("--force", is_flag=True, help="Print the estimate although it does not fit.")
+@click.option("--search", is_flag=True, help="Look for the best layouts.")
+@click.option(
+    "--for", "goal", type=click.Choice(["speed", "money", "nodes"]), default="speed", show_default=True,
+    help="What --search makes best: time, GPU-hours, or the fewest nodes that fit.",
+)  # fmt: skip
+@click.option("--gpus", type=click.IntRange(1), metavar="N", help="How many GPUs --search may use.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="How many layouts to list.")
+@click.option("--what-if", "what_if", multiple=True, metavar="'KEY=VALUE ...'", help="Compare with this; may repeat.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write pictures: X.html or X.png.")
+@click.option("--compare", metavar="RUN", help="Planned and measured, of a run; takes no CONFIG.")
+@click.option("--calibrate", type=click.Path(dir_okay=False, path_type=Path), help="Write what --compare measured.")
 @JSON
-def plan(config: str, overrides: Sequence[str], stages: Sequence[str], force: bool, as_json: bool) -> None:
-    """Check a config, and estimate memory, time and cost."""
-    from orchestrator import show
-    from orchestrator.plan import plan as estimate
+@click.pass_obj
+def plan(root: Path, config: str | None, overrides: Sequence[str], stages: Sequence[str], **how: Any) -> None:
+    """Check a config, and estimate memory, time and cost. Says from which checkpoints a submit would go on.
 
-    experiment = _compose(config, overrides, stages).experiment
-    estimates = [e.to_json() for e in estimate(experiment, stages=list(stages) or None, force=force)]
-    if as_json:
-        show.as_json(estimates)
+    \b
+    Examples:
+      orch plan configs/gpt3-175b.yaml --search --gpus 1024
+      orch plan configs/gpt3-13b.yaml --what-if cluster=h200
+      orch plan configs/gpt3-13b.yaml --report plan.html
+      orch plan --compare gpt3-13b/pretrain --calibrate configs/cluster/measured.yaml
+    """
+    from orchestrator import planning
+
+    if how["compare"]:
+        planning.compare(root, how["compare"], how["calibrate"], as_json=how["as_json"])
         return
-    if estimates:
-        show.plans(estimates)
+    if not config:
+        raise click.UsageError("Missing argument 'CONFIG'.")
+    if how["search"]:
+        planning.search(config, overrides, stages, **{k: how[k] for k in ("goal", "gpus", "top", "as_json")})
+    elif how["what_if"]:
+        planning.what_if(config, overrides, stages, how["what_if"], as_json=how["as_json"])
     else:
-        click.echo("nothing to estimate: none of these stages trains", err=True)
-    _next(_submission(config, overrides, stages, force=force))
+        planning.plan(root, config, overrides, stages, **{k: how[k] for k in ("force", "report", "as_json")})
+        if not how["as_json"]:
+            _say_where_from(root, config, overrides, stages)
+            _next(_submission(config, overrides, stages, force=how["force"]))
 
 
 @cli.command()
@@ -240,7 +263,7 @@ def status(root: Path, run: str | None, watch: bool, markdown: bool, as_json: bo
     Of each: state, step, loss, speed, newest checkpoint, attempts and how they ended, why it waits or failed. The
     logbook has the attempts, what each lost, and the goodput.
     """
-    from orchestrator import follow, logbook, show
+    from orchestrator import logbook, show
     from orchestrator.run import find_runs, list_runs
     from orchestrator.status import book, look, row
 
@@ -252,8 +275,10 @@ def status(root: Path, run: str | None, watch: bool, markdown: bool, as_json: bo
     if watch and (markdown or as_json):
         raise click.UsageError("`--watch` goes with neither `--markdown` nor `--json`")
     if watch:
+        from orchestrator.follow import watch as go_on
+
         with suppress(KeyboardInterrupt):
-            follow.watch(chosen)
+            go_on(chosen)
         return
     standings, problem = look(chosen())
     rows = [row(s) for s in standings]
@@ -347,17 +372,25 @@ def logs(root: Path, run: str, rank: str, attempt: str | None, follow: bool) -> 
 
 @cli.command()
 @RUN
+@OVERRIDES
+@click.option("--force", is_flag=True, help="Go on although the estimate of the new layout does not fit.")
 @DETACH
 @click.pass_obj
-def resume(root: Path, run: str, detach: bool) -> None:
+def resume(root: Path, run: str, overrides: Sequence[str], force: bool, detach: bool) -> None:
     """Start what stopped or failed again, from its newest checkpoint.
 
-    It goes on with the config and the code it began with, as the same run in MLflow.
+    It goes on with the config and the code it began with, as the same run in MLflow. KEY=VALUE may change
+    how it is laid out: the stage's engine and `parallel`, and the cluster; the checkpoint is converted.
+
+    \b
+    Examples:
+      orch resume demo
+      orch resume demo/pretrain stages.pretrain.engine=deepspeed stages.pretrain.parallel.zero=3
     """
     from orchestrator.run import find_runs
     from orchestrator.submit import resume as hand_over
 
-    _watch(hand_over(find_runs(root, run)), detach)
+    _watch(hand_over(find_runs(root, run), overrides, force=force), detach)
 
 
 @cli.command()
@@ -477,6 +510,15 @@ def _compose(config: str, overrides: Sequence[str], stages: Sequence[str]) -> "C
     composed = compose(config, overrides)
     select(composed.experiment, stages)
     return composed
+
+
+def _say_where_from(root: Path, config: str, overrides: Sequence[str], stages: Sequence[str]) -> None:
+    """Name the checkpoints that a submit would go on from, and what they would be converted to."""
+    from orchestrator.relayout import announcements
+
+    experiment = _compose(config, overrides, stages).experiment
+    for line in announcements(root, experiment, stages or experiment.stages):
+        click.echo(line, err=True)
 
 
 def _watch(runs: Sequence["Run"], detach: bool) -> None:

@@ -1,0 +1,161 @@
+"""The best layouts of a stage: all that divide and fit, by speed, by money, or on the fewest nodes.
+
+Every layout is planned with the same arithmetic as `orch plan`, so that what is found is as right as that.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from orchestrator.checks import check
+from orchestrator.errors import PlanError
+from orchestrator.plan import Estimate, estimate, memory, overrides, step_time
+from orchestrator.registry import find
+from orchestrator.spec import Experiment, Limits, ModelSpec, ParallelPlan, StageSpec
+
+Goal = Literal["speed", "money", "nodes"]
+VOCAB_UNIT = 128  # a vocabulary that tensor ranks do not divide is padded to this, as Megatron-LM does
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+KEYS = ("nodes", "tensor", "pipeline", "interleave", "sequence", "zero", "micro_batch", "recompute")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One layout, what it takes, and how to ask for it."""
+
+    estimate: Estimate
+    parallel: ParallelPlan
+    overrides: str  # to type behind the config; empty: it is the config's own
+
+
+def search(
+    experiment: Experiment, name: str, *, goal: Goal = "speed", gpus: int | None = None, top: int = 5
+) -> list[Found]:
+    """The ``top`` layouts of stage ``name`` on ``gpus``, or on as many as it asks for, best first.
+
+    For `speed` on all of them. For `money`, the fewest GPU-hours, on all nodes, a half, a quarter and so on; for
+    `nodes`, the fewest of these that fit, and the fastest on them.
+
+    Raises:
+        PlanError: nothing fits, or ``gpus`` are no whole nodes.
+    """
+    stage, cluster = experiment.stages[name], experiment.cluster
+    if not find("jobs", stage.kind).PER_GPU:
+        raise PlanError(f"stage `{name}` has no layout: kind `{stage.kind}` runs as one process")
+    if gpus is not None and (gpus < 1 or gpus % cluster.gpus_per_node):
+        raise PlanError(
+            f"{gpus} GPUs are no whole nodes of {cluster.gpus_per_node}",
+            hint=f"`--gpus` may be a multiple of {cluster.gpus_per_node}",
+        )
+    nodes = gpus // cluster.gpus_per_node if gpus else stage.parallel.nodes
+    ranked: list[tuple[float, ParallelPlan]] = []
+    for n in _node_counts(nodes, goal):
+        # the tokens are given: days go with the step, GPU-hours with the step times the nodes
+        ranked += [(step_s * (n if goal == "money" else 1), p) for step_s, p in _timed(experiment, stage, n)]
+        if ranked and goal == "nodes":
+            break
+    ranked.sort(key=lambda item: item[0])
+    best = _confirmed(experiment, name, [p for _, p in ranked], top)
+    if not best:
+        raise PlanError(
+            f"stage `{name}`: no layout of engine `{stage.engine}` fits {nodes * cluster.gpus_per_node} "
+            f"`{cluster.gpu}` of {cluster.gpu_memory_gb:g} GB",
+            hint="more GPUs with `--gpus`, larger ones with `cluster=`, or another `engine`",
+        )
+    return best
+
+
+def _node_counts(nodes: int, goal: Goal) -> list[int]:
+    """How many nodes to try: all of them; for other goals than speed fewer too, fewest first."""
+    if goal == "speed":
+        return [nodes]
+    return sorted({max(1, nodes >> k) for k in range(nodes.bit_length())})
+
+
+def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tuple[float, ParallelPlan]]:
+    """The step time of every layout on ``nodes`` that divides, that the engine runs, and that fits."""
+    cluster = experiment.cluster
+    limits: Limits = find("jobs.engines", stage.engine).LIMITS
+    runs: dict[tuple[object, ...], bool] = {}  # by what refusals speak of: there are few, and layouts are many
+    for p in _layouts(experiment.model, stage, nodes, cluster.gpus_per_node):
+        kind = (p.tensor > 1, p.pipeline > 1, p.interleave > 1, p.sequence, p.zero, p.recompute)
+        if kind not in runs:
+            runs[kind] = not limits.refusals(replace(stage, parallel=p))
+        if not runs[kind]:
+            continue
+        other = replace(stage, parallel=p)
+        model = with_vocab(experiment.model, p.tensor)
+        if memory(model, other, cluster)[1]["total"] <= cluster.gpu_memory_gb:
+            yield step_time(model, other, cluster, stage.global_batch).total_s, p
+
+
+def _layouts(model: ModelSpec, stage: StageSpec, nodes: int, per_node: int) -> Iterator[ParallelPlan]:
+    """Every way to cut ``stage`` over ``nodes``, by what divides what (checks.py)."""
+    world, batch = nodes * per_node, _batch_unit(stage)
+    heads = math.gcd(model.heads, model.kv_heads or model.heads, model.ffn, per_node)
+    for tensor in _divisors(heads):
+        for pipeline in _divisors(model.layers):
+            if world % (tensor * pipeline):
+                continue
+            data = world // (tensor * pipeline)
+            for micro_batch in MICRO_BATCHES:
+                if batch % (data * micro_batch):
+                    continue
+                yield from _variants(model, stage, nodes, tensor, pipeline, micro_batch, batch // (data * micro_batch))
+
+
+def _variants(
+    model: ModelSpec, stage: StageSpec, nodes: int, tensor: int, pipeline: int, micro_batch: int, micro_batches: int
+) -> Iterator[ParallelPlan]:
+    """Interleave, recompute, ZeRO and sequence parallel of one cut. Scores are never kept, so that selective
+    recompute would cost time and save nothing."""
+    chunks = [
+        v for v in _divisors(model.layers // pipeline) if v == 1 or (pipeline > 1 and micro_batches % pipeline == 0)
+    ]
+    for interleave in chunks:
+        for recompute in ("none", "full"):
+            for zero in (0, 1, 2, 3):
+                for sequence in (False, True) if tensor > 1 else (False,):
+                    yield ParallelPlan(
+                        nodes=nodes, tensor=tensor, pipeline=pipeline, interleave=interleave, sequence=sequence,
+                        zero=zero, offload="none", micro_batch=micro_batch, recompute=recompute,
+                    )  # fmt: skip
+
+
+def _batch_unit(stage: StageSpec) -> int:
+    """What data x micro_batch must divide: the batch, and what it grows from and by."""
+    s = stage.schedule
+    return math.gcd(stage.global_batch, s.ramp_from or 0, s.ramp_step or 0)
+
+
+def with_vocab(model: ModelSpec, tensor: int) -> ModelSpec:
+    """``model`` with a vocabulary that ``tensor`` ranks can share."""
+    if model.vocab % tensor == 0:
+        return model
+    return replace(model, vocab=math.ceil(model.vocab / VOCAB_UNIT) * VOCAB_UNIT)
+
+
+def _confirmed(experiment: Experiment, name: str, ranked: list[ParallelPlan], top: int) -> list[Found]:
+    """The first ``top`` of ``ranked`` that keep every rule, with their estimates."""
+    found: list[Found] = []
+    stage = experiment.stages[name]
+    for p in ranked:
+        model = with_vocab(experiment.model, p.tensor)
+        other = replace(experiment, model=model, stages={**experiment.stages, name: replace(stage, parallel=p)})
+        if check(other, name):
+            continue
+        change = {key: getattr(p, key) for key in KEYS if getattr(p, key) != getattr(stage.parallel, key)}
+        if stage.parallel.offload != "none":
+            change["offload"] = "none"
+        line = overrides(name, change)
+        if model != experiment.model:
+            line = f"model.vocab={model.vocab} {line}"
+        found.append(Found(estimate=estimate(other, name), parallel=p, overrides=line))
+        if len(found) == top:
+            break
+    return found
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

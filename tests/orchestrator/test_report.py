@@ -1,0 +1,132 @@
+"""Pictures and comparisons: what they show is what the plan and the run say."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from orchestrator.calibrate import calibrated, compare, write_cluster
+from orchestrator.cli import cli
+from orchestrator.compose import compose, copy_presets
+from orchestrator.errors import LaunchError
+from orchestrator.plan import estimate, plan
+from orchestrator.report import draw, over_nodes, page, schedule, write
+from orchestrator.run import Run
+
+SMALL = ["stages.pretrain.parallel.nodes=1", "stages.pretrain.steps=40000"]
+
+
+@pytest.mark.parametrize(("pipeline", "micro_batches"), [(1, 3), (4, 8), (4, 2), (8, 24)])
+def test_the_timeline_is_1f1b(pipeline: int, micro_batches: int) -> None:
+    table = schedule(pipeline, micro_batches)
+    for steps in table:
+        assert sorted((m, b) for _, _, m, b in steps) == [(m, b) for m in range(micro_batches) for b in (False, True)]
+        ends = [start + length for start, length, _, _ in steps]
+        assert all(end <= start for end, (start, *_) in zip(ends, steps[1:], strict=False))
+    whole = max(start + length for start, length, _, _ in table[0])
+    assert whole == 3 * (
+        micro_batches + pipeline - 1
+    )  # Narayanan et al. 2021, section 2.2.1: t_id = (p - 1)(t_f + t_b)
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
+    e = compose("gpt3-125m", SMALL).experiment
+    write(tmp_path / "plan.html", e, plan(e))
+    text = (tmp_path / "plan.html").read_text()
+    assert not re.search(r'(?:src|href)="(?!data:)', text)
+    HTMLParser().feed(text)
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(pictures) == 1
+    assert base64.b64decode(pictures[0]).startswith(b"\x89PNG")
+    assert f"{e.model.params:,}" in text
+    assert page(e, []).count("<img") == 0
+    write(tmp_path / "plan.png", e, plan(e))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["plan.html", "plan.png"]
+
+
+def test_bars_are_as_high_as_the_memory() -> None:
+    e = compose("gpt3-125m", [*SMALL, "stages.pretrain.parallel.pipeline=2"]).experiment
+    (planned,) = plan(e)
+    memory, timeline, nodes = draw(e, planned).axes[:3]
+    tops = [max(p.get_y() + p.get_height() for p in memory.patches if abs(p.get_x() - x) < 0.5) for x in (-0.4, 0.6)]
+    assert max(tops) == pytest.approx(planned.memory_gb["total"])
+    assert len(timeline.collections) == 2 * 2
+    assert [list(line.get_xdata()) for line in nodes.lines][1] == [1]
+
+
+def test_more_nodes_take_less_time() -> None:
+    points = over_nodes(compose("gpt3-13b").experiment, "pretrain")
+    days = [e.days for _, e in points]
+    assert len(points) >= 3
+    assert days == sorted(days, reverse=True)
+
+
+def trained(folder: Path, step_s: float, memory_gb: float) -> Run:
+    """A run folder as a job leaves it: spec and metrics, the first steps slow."""
+    from omegaconf import OmegaConf
+
+    e = compose("demo", ["stages.pretrain.steps=20"]).experiment
+    run = Run(folder=folder / e.name / "pretrain", experiment=e.name, stage="pretrain", index=1, key="k")
+    run.folder.mkdir(parents=True)
+    run.save()
+    (run.folder / "spec.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(e)))
+    tokens = e.stages["pretrain"].global_batch * e.model.seq_len
+    lines = []
+    for step in range(1, 11):
+        took = step_s * (5 if step <= 2 else 1)
+        perf = {"perf/step_s": took, "perf/tokens_per_s": tokens / took, "perf/peak_memory_gb": memory_gb}
+        lines.append(json.dumps({"step": step, "attempt": "1", "time": 0.0, "tokens": step * tokens, **perf}))
+    (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return Run.load(run.folder)
+
+
+def test_planned_and_measured(tmp_path: Path) -> None:
+    run = trained(tmp_path / "runs", 0.5, 1.5)
+    rows = {row.what: row for row in compare(run)}
+    planned = estimate(run.spec(), "pretrain")
+    assert (rows["step"].planned, rows["step"].measured) == (planned.step_s, 0.5)
+    assert rows["memory"].measured == 1.5
+    assert rows["GPU-hours"].measured == pytest.approx((8 * 0.5 + 2 * 2.5) * 2 / 3600)
+    assert rows["GPU-hours"].planned == pytest.approx(planned.gpu_hours / 2)
+
+
+def test_a_calibrated_cluster_plans_what_was_measured(tmp_path: Path) -> None:
+    run = trained(tmp_path / "runs", 0.5, 1.5)
+    copy_presets(tmp_path)
+    file = tmp_path / "configs" / "cluster" / "measured.yaml"
+    result = CliRunner().invoke(cli, ["--runs", str(tmp_path / "runs"), "plan", "--compare", "demo/pretrain",
+                                      "--calibrate", str(file)])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "measured / planned" in result.stdout
+    again = compose(str(tmp_path / "configs" / "demo.yaml"), ["cluster=measured"]).experiment
+    e = estimate(again, "pretrain")
+    assert e.step_s == pytest.approx(0.5, rel=1e-3)
+    assert e.memory_gb["total"] == pytest.approx(1.5, rel=1e-3)
+    write_cluster(file, calibrated(again.cluster, compare(run)), run)
+
+
+def test_a_run_of_two_steps_tells_nothing(tmp_path: Path) -> None:
+    run = trained(tmp_path, 0.5, 1.5)
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    (run.folder / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    with pytest.raises(LaunchError, match="2 measured steps, and none of the full batch"):
+        compare(run)
+
+
+def test_the_command_searches_and_compares_variants() -> None:
+    search = CliRunner().invoke(cli, ["plan", "gpt3-125m", "--search", "--json", "--top", "2"])
+    rows = json.loads(search.stdout)
+    assert len(rows) == 2
+    assert rows[0]["step_s"] <= rows[1]["step_s"]
+    both = CliRunner().invoke(cli, ["plan", "gpt3-125m", "--what-if", "cluster=h200", "--json"])
+    plans = json.loads(both.stdout)
+    assert list(plans) == ["as it is", "cluster=h200"]
+    assert plans["cluster=h200"][0]["step_s"] < plans["as it is"][0]["step_s"]
+    table = CliRunner().invoke(cli, ["plan", "gpt3-125m", "--what-if", "cluster=h200"])
+    assert "cluster=h200" in table.stdout
+    assert CliRunner().invoke(cli, ["plan"]).exit_code == 2

@@ -1,0 +1,102 @@
+"""The search against the published layouts, against brute force, and against the rules."""
+
+import itertools
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from published import A100
+
+from orchestrator.checks import check
+from orchestrator.compose import compose
+from orchestrator.errors import PlanError
+from orchestrator.plan import estimate
+from orchestrator.search import search, with_vocab
+from orchestrator.spec import Experiment, ModelSpec, ParallelPlan, StageSpec
+
+
+def experiment(model: ModelSpec, batch: int, engine: str = "deepspeed", **parallel: Any) -> Experiment:
+    stage = StageSpec(kind="pretrain", engine=engine, global_batch=batch, steps=100, parallel=ParallelPlan(**parallel))
+    return Experiment(name="x", model=model, cluster=A100, stages={"s": stage})
+
+
+GPT3 = ModelSpec(layers=96, hidden=12288, heads=96, vocab=51200)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "batch", "published"),
+    [
+        # Narayanan et al. 2021, arXiv:2104.04473, table 1 and section 5.1
+        (ModelSpec(layers=36, hidden=4096, heads=32, vocab=51200), 128, 512, {"tensor": 4, "micro_batch": 16}),
+        (ModelSpec(layers=48, hidden=8192, heads=64, vocab=51200), 512, 1536, {"tensor": 8, "pipeline": 2}),
+        (GPT3, 1024, 1536, {"tensor": 8, "pipeline": 8}),
+        (GPT3, 384, 1536, {"tensor": 8, "pipeline": 12}),
+    ],
+)
+def test_at_least_as_fast_as_published(model: ModelSpec, gpus: int, batch: int, published: dict[str, int]) -> None:
+    theirs = estimate(experiment(model, batch, nodes=gpus // 8, zero=1, recompute="full", **published), "s")
+    best = search(experiment(model, batch), "s", gpus=gpus, top=3)
+    assert best[0].estimate.step_s <= theirs.step_s
+    assert all(f.estimate.fits and f.estimate.world == gpus for f in best)
+    times = [f.estimate.step_s for f in best]
+    assert times == sorted(times)
+
+
+def test_the_line_asks_for_what_was_found() -> None:
+    e = compose("gpt3-175b").experiment
+    (best,) = search(e, "pretrain", gpus=1024, top=1)
+    again = compose("gpt3-175b", best.overrides.split()).experiment
+    assert check(again, "pretrain") == []
+    assert estimate(again, "pretrain") == best.estimate
+
+
+def test_nothing_is_missed() -> None:
+    model = ModelSpec(layers=8, hidden=1024, heads=16, vocab=51200)
+    small = replace(experiment(model, 64), cluster=replace(A100, gpu_memory_gb=12))
+    (best,) = search(small, "s", gpus=16, top=1)
+    fastest = float("inf")
+    for t, p, z, b, r, q in itertools.product(
+        (1, 2, 4, 8), (1, 2, 4, 8), (0, 1, 2, 3), (1, 2, 4, 8, 16), ("none", "full"), (False, True)
+    ):
+        parallel = ParallelPlan(
+            nodes=2, tensor=t, pipeline=p, zero=z, micro_batch=b, recompute=r, sequence=q  # type: ignore[arg-type]
+        )  # fmt: skip
+        other = replace(small, stages={"s": replace(small.stages["s"], parallel=parallel)})
+        if not check(other, "s"):
+            e = estimate(other, "s")
+            fastest = min(fastest, e.step_s if e.fits else fastest)
+    assert best.estimate.step_s == fastest
+
+
+def test_goals() -> None:
+    model = ModelSpec(layers=32, hidden=4096, heads=32, vocab=51200)
+    e = experiment(model, 512)
+    speed, money, nodes = (search(e, "s", goal=g, gpus=128, top=1)[0].estimate for g in ("speed", "money", "nodes"))
+    assert speed.world == 128
+    assert speed.step_s <= min(money.step_s, nodes.step_s)
+    assert money.gpu_hours <= min(speed.gpu_hours, nodes.gpu_hours)
+    assert nodes.world <= min(speed.world, money.world)
+
+
+def test_a_vocabulary_that_does_not_divide_is_padded_in_the_line() -> None:
+    e = experiment(replace(GPT3, vocab=50257), 1536)
+    (best,) = search(e, "s", gpus=384, top=1)
+    assert best.parallel.tensor > 1
+    assert best.overrides.startswith("model.vocab=50304 ")
+    assert with_vocab(e.model, 1) == e.model
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(PlanError, match=r"no layout of engine `deepspeed` fits 8 `A100-SXM4-80GB` of 80 GB") as error:
+        search(experiment(GPT3, 1536), "s", gpus=8)
+    assert "--gpus" in error.value.hint
+    with pytest.raises(PlanError, match="12 GPUs are no whole nodes of 8"):
+        search(experiment(GPT3, 1536), "s", gpus=12)
+
+
+def test_a_thousand_gpus_in_two_seconds() -> None:
+    e = compose("gpt3-175b").experiment
+    before = time.process_time()
+    search(e, "pretrain", gpus=1024)
+    assert time.process_time() - before < 2
