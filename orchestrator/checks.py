@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.failures import limit_s, storage_gb
 from orchestrator.hardware import lacks_bf16
 from orchestrator.registry import find
 from orchestrator.schedule import total_tokens
@@ -25,16 +26,22 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "more than 0": (
         lambda x: 0 < x < math.inf,
         "model.norm_eps model.rope_theta cluster.gpu_memory_gb cluster.gpu_tflops cluster.checkpoint_gb_per_s "
+        "cluster.matmul_tflops cluster.memory_gb_per_s cluster.link_gb_per_s cluster.network_gb_per_s "
+        "cluster.storage_tb cluster.step_factor cluster.memory_factor "
         "optimizer.lr optimizer.eps schedule.decay_tokens",
     ),
     "at least 0": (
         lambda x: 0 <= x < math.inf,
-        "model.init_std cluster.usd_per_gpu_hour optimizer.weight_decay optimizer.clip schedule.warmup_tokens "
+        "model.init_std cluster.usd_per_gpu_hour cluster.gpu_watts cluster.failures_per_node_day cluster.restart_s "
+        "cluster.queue_s optimizer.weight_decay optimizer.clip schedule.warmup_tokens "
         "schedule.ramp_tokens steps eval_every",
     ),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "schedule.min_lr_ratio"),
     "from 0 up to but not 1": (lambda x: 0 <= x < 1, "model.dropout data.val_fraction optimizer.betas"),
 }
+
+
+CHECKPOINT_BYTES_PER_PARAM = {"bf16": 14, "fp32": 12}  # weights, and what the optimizer keeps in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,11 @@ class Problem:
 
     message: str
     hint: str = ""
+
+
+def checkpoint_gb(model: ModelSpec, stage: StageSpec) -> float:
+    """Size of one checkpoint of ``stage``."""
+    return model.params * CHECKPOINT_BYTES_PER_PARAM[stage.precision] / 1e9
 
 
 def check(experiment: Experiment, name: str) -> list[Problem]:
@@ -64,6 +76,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
     found += _rounds(where, stage, cluster, limits)
     found += _engine(where, stage, limits)
     found += _schedule(where, stage, model)
+    found += _saves(where, stage, model, cluster)
     return found
 
 
@@ -272,6 +285,26 @@ def _schedule(where: str, stage: StageSpec, model: ModelSpec) -> Iterator[Proble
                 hint=f"`{where}.schedule.warmup_tokens` may be 0 to {last:.4g}",
             )
             return
+
+
+def _saves(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec) -> Iterator[Problem]:
+    """Checkpoints there is no room for, and a time limit in which nothing is trained."""
+    gb = checkpoint_gb(model, stage)
+    if cluster.storage_tb is not None and storage_gb(gb, stage.keep) > cluster.storage_tb * 1000:
+        most = int(cluster.storage_tb * 1000 // gb) - 1
+        yield Problem(
+            message=f"`{where}.keep` {stage.keep} checkpoints of {gb:,.1f} GB, and one being written, are "
+            f"{storage_gb(gb, stage.keep):,.1f} GB, and `cluster.storage_tb` is {cluster.storage_tb:g}",
+            hint=f"`{where}.keep` may be {'1' if most == 1 else f'1 to {most}'}" if most > 0 else "more storage",
+        )
+    limit, save_s = limit_s(cluster.slurm.get("time")), gb / cluster.checkpoint_gb_per_s
+    least = cluster.restart_s + 2 * save_s + 60  # what the signal before the end leaves for a save
+    if limit and limit <= least:
+        yield Problem(
+            message=f"`cluster.slurm.time` is {limit:,.0f} s, and starting ({cluster.restart_s:,.0f} s) and two saves "
+            f"({2 * save_s:,.0f} s) leave nothing to train",
+            hint=f"`cluster.slurm.time` may be {math.ceil(10 * least / 60)} (minutes) and more",
+        )
 
 
 def _has(config: Mapping[str, Any], key: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator import timing
-from orchestrator.checks import Problem, check
+from orchestrator.checks import Problem, check, checkpoint_gb
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.failures import Goodput, goodput, limit_s, storage_gb
 from orchestrator.hardware import chip
@@ -27,7 +27,6 @@ from orchestrator.timing import Software
 
 __all__ = ["Estimate", "Problem", "check", "estimate", "plan", "signal_lead_s"]
 
-CHECKPOINT_BYTES_PER_PARAM = {"bf16": 14, "fp32": 12}  # weights, and what the optimizer keeps in fp32
 # Nine of ten published rows are within this of `step_s` (docs/plan.md, "How far off").
 BAND = 0.12
 # How each engine runs: which gradients it sums, what it sends beside the backward pass (jobs/engines/).
@@ -131,8 +130,8 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
     run_s = _run_s(model, stage, cluster)
     gpu_hours = run_s / 3600 * world
 
-    checkpoint_gb = model.params * CHECKPOINT_BYTES_PER_PARAM[stage.precision] / 1e9
-    save_s = checkpoint_gb / cluster.checkpoint_gb_per_s
+    size_gb = checkpoint_gb(model, stage)
+    save_s = size_gb / cluster.checkpoint_gb_per_s
     kept = _goodput(stage, cluster, run_s, save_s, step.total_s)
     return Estimate(
         stage=name,
@@ -155,7 +154,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         days=run_s / 86400,
         gpu_hours=gpu_hours,
         usd=gpu_hours * cluster.usd_per_gpu_hour,
-        checkpoint_gb=checkpoint_gb,
+        checkpoint_gb=size_gb,
         save_s=save_s,
         save_every_optimal_steps=max(1, min(stage.steps, round(min(kept.interval_s / step.total_s, 1e12)))),
         fullest_stage=index,
@@ -165,7 +164,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         goodput=kept.goodput,
         days_end_to_end=kept.days,
         submissions=kept.submissions,
-        storage_tb=storage_gb(checkpoint_gb, stage.keep) / 1000,
+        storage_tb=storage_gb(size_gb, stage.keep) / 1000,
         energy_mwh=gpu_hours * cluster.gpu_watts / 1e6,
     )
 

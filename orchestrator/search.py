@@ -15,7 +15,6 @@ from orchestrator.registry import find
 from orchestrator.spec import Experiment, Limits, ModelSpec, ParallelPlan, StageSpec
 
 Goal = Literal["speed", "money", "nodes"]
-VOCAB_UNIT = 128  # a vocabulary that tensor ranks do not divide is padded to this, as Megatron-LM does
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 KEYS = ("nodes", "tensor", "pipeline", "interleave", "sequence", "zero", "micro_batch", "recompute")
 
@@ -85,9 +84,8 @@ def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tup
         if not runs[kind]:
             continue
         other = replace(stage, parallel=p)
-        model = with_vocab(experiment.model, p.tensor)
-        if memory(model, other, cluster)[1]["total"] <= cluster.gpu_memory_gb:
-            yield step_time(model, other, cluster, stage.global_batch).total_s, p
+        if memory(experiment.model, other, cluster)[1]["total"] <= cluster.gpu_memory_gb:
+            yield step_time(experiment.model, other, cluster, stage.global_batch).total_s, p
 
 
 def _layouts(model: ModelSpec, stage: StageSpec, nodes: int, per_node: int) -> Iterator[ParallelPlan]:
@@ -129,29 +127,18 @@ def _batch_unit(stage: StageSpec) -> int:
     return math.gcd(stage.global_batch, s.ramp_from or 0, s.ramp_step or 0)
 
 
-def with_vocab(model: ModelSpec, tensor: int) -> ModelSpec:
-    """``model`` with a vocabulary that ``tensor`` ranks can share."""
-    if model.vocab % tensor == 0:
-        return model
-    return replace(model, vocab=math.ceil(model.vocab / VOCAB_UNIT) * VOCAB_UNIT)
-
-
 def _confirmed(experiment: Experiment, name: str, ranked: list[ParallelPlan], top: int) -> list[Found]:
     """The first ``top`` of ``ranked`` that keep every rule, with their estimates."""
     found: list[Found] = []
     stage = experiment.stages[name]
     for p in ranked:
-        model = with_vocab(experiment.model, p.tensor)
-        other = replace(experiment, model=model, stages={**experiment.stages, name: replace(stage, parallel=p)})
+        other = replace(experiment, stages={**experiment.stages, name: replace(stage, parallel=p)})
         if check(other, name):
             continue
         change = {key: getattr(p, key) for key in KEYS if getattr(p, key) != getattr(stage.parallel, key)}
         if stage.parallel.offload != "none":
             change["offload"] = "none"
-        line = overrides(name, change)
-        if model != experiment.model:
-            line = f"model.vocab={model.vocab} {line}"
-        found.append(Found(estimate=estimate(other, name), parallel=p, overrides=line))
+        found.append(Found(estimate=estimate(other, name), parallel=p, overrides=overrides(name, change)))
         if len(found) == top:
             break
     return found

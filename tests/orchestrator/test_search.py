@@ -12,7 +12,7 @@ from orchestrator.checks import check
 from orchestrator.compose import compose
 from orchestrator.errors import PlanError
 from orchestrator.plan import estimate
-from orchestrator.search import search, with_vocab
+from orchestrator.search import search
 from orchestrator.spec import Experiment, ModelSpec, ParallelPlan, StageSpec
 
 
@@ -77,14 +77,6 @@ def test_goals() -> None:
     assert speed.step_s <= min(money.step_s, nodes.step_s)
     assert money.gpu_hours <= min(speed.gpu_hours, nodes.gpu_hours)
     assert nodes.world <= min(speed.world, money.world)
-
-
-def test_a_vocabulary_that_does_not_divide_is_padded_in_the_line() -> None:
-    e = experiment(replace(GPT3, vocab=50257), 1536)
-    (best,) = search(e, "s", gpus=384, top=1)
-    assert best.parallel.tensor > 1
-    assert best.overrides.startswith("model.vocab=50304 ")
-    assert with_vocab(e.model, 1) == e.model
 
 
 def test_nothing_fits() -> None:
