@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from launch import _slurm_queue as queue
 from launch._slurm_script import Options, limit_s, options, sbatch_text
 from orchestrator.doctor import Finding, Level, finding
 from orchestrator.errors import LaunchError, OrchError
-from orchestrator.plan import estimate
+from orchestrator.plan import plan
 from orchestrator.registry import find
 from orchestrator.run import Run
 from orchestrator.spec import Experiment
@@ -84,13 +85,15 @@ def findings(experiment: Experiment | None, root: Path) -> Iterator[Finding]:
         partitions = _partitions()
         name = chosen.partition or next((n for n, p in partitions.items() if p["Default"] == "YES"), "")
         partition = partitions.get(name, {})
-        yield from _preemption(settings, name, partition, _save_s(experiment))
+        estimates = _estimates(experiment)
+        save_s = max((e["save_s"] for e in estimates or ()), default=0.0)
+        yield from _preemption(settings, name, partition, save_s)
         yield from _queueing(settings)
         yield _accounting(settings)
         if experiment:
             yield from _partition(experiment, chosen, name, partitions)
             yield from _rights(settings, chosen)
-            yield from _accepted(experiment, root)
+            yield from _accepted(experiment, root) if estimates is not None else ()
     except OrchError as e:
         yield _finding("cluster.slurm", str(e), "refused")
 
@@ -121,13 +124,12 @@ def _partitions() -> dict[str, dict[str, str]]:
     return {line["PartitionName"]: line for line in lines}
 
 
-def _save_s(experiment: Experiment | None) -> float:
-    """Seconds that the largest checkpoint of ``experiment`` takes, by the plan."""
-    stages = experiment.stages if experiment else {}
-    kinds = {name: find("jobs", stage.kind).PER_GPU for name, stage in stages.items()}
-    return max(
-        (estimate(experiment, name).save_s for name, trains in kinds.items() if experiment and trains), default=0
-    )
+def _estimates(experiment: Experiment | None) -> list[dict[str, Any]] | None:
+    """What the plan expects of each stage that trains; None if it cannot run, which is said elsewhere."""
+    try:
+        return [e.to_json() for e in plan(experiment, force=True)] if experiment else []
+    except OrchError:
+        return None
 
 
 def _preemption(settings: dict[str, str], name: str, partition: dict[str, str], save_s: float) -> Iterator[Finding]:
