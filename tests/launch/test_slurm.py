@@ -1,24 +1,19 @@
 """The Slurm launcher: its scripts against golden texts, and whole runs on a real Slurm of two nodes.
 
 The cluster is `launch/slurmbox`: slurmctld, accounting and a slurmd for each node, in namespaces of their own on
-this machine. A run that is requeued must have the losses of one that is not, bit for bit.
+this machine. What runs survive is in `test_slurm_faults.py` and `test_slurm_recover.py`.
 """
 
 import os
+import pwd
+import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from slurm_cluster import (
-    ORCH,
-    STEPS,
-    finished_once_in_mlflow,
-    same_curve,
-    steps_in_file,
-    wait,
-    wait_for_end,
-    wait_for_step,
-)
+from slurm_cluster import ORCH, SLURMBOX, STEPS, finished_once_in_mlflow, write_text
 
 from launch import _slurm_script, slurm
 from orchestrator.compose import compose
@@ -154,45 +149,56 @@ def test_a_chain_over_two_nodes(cluster, unbroken):
         assert b"hunter2" not in file.read_bytes(), f"a secret of the login shell is in {file}"
 
 
-@pytest.mark.slurm
-def test_preempted_by_an_urgent_job(cluster, unbroken):
-    """The signal that comes before a time limit too: all save, the job is requeued once, no step is trained twice."""
-    run = cluster.submit("preempted", "--stage", "pretrain")
-    wait_for_step(run, 5)
-    nodes = ",".join(cluster.nodes(run))
-    urgent = ("--partition=urgent", f"--nodelist={nodes}", "--nodes=2", "--exclusive")
-    cluster("sbatch", *urgent, "--output=/dev/null", "--wrap=true")
-    first, second = wait_for_end(cluster, run, "1r1")
-    assert (first.name, first.cause, second.name, second.cause) == ("1", "preempted", "1r1", "done")
-    assert first.to_step == first.checkpoint_step == second.from_step < STEPS
-    assert steps_in_file(run) == list(range(1, STEPS + 1))
-    same_curve(run, unbroken)
-    finished_once_in_mlflow(run)
+# Shows folders that lie below one of root's alone to all users, in a mount namespace, and becomes a command there.
+REVEAL = """
+import os, subprocess, sys, tempfile
+from pathlib import Path
+split = sys.argv.index("--")
+places = {Path(word): tempfile.mkdtemp(dir=sys.argv[1]) for word in sys.argv[2:split]}
+shut = {next((p for p in reversed(place.parents) if not p.stat().st_mode & 1), None) for place in places} - {None}
+hidden = {place: held for place, held in places.items() if shut & {*place.parents}}
+for place, held in hidden.items():
+    subprocess.run(["mount", "--bind", place, held], check=True)
+for folder in shut:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", folder], check=True)
+for place, held in hidden.items():
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", held, place], check=True)
+os.execvp(sys.argv[split + 1], sys.argv[split + 1:])
+"""
 
 
 @pytest.mark.slurm
-def test_requeued_by_someone_else(cluster, unbroken):
-    """`scontrol requeue`: the ranks are ended within KillWait; what is lost is made up for, to the last bit."""
-    run = cluster.submit("requeued", "--stage", "pretrain")
-    wait_for_step(run, 12)
-    cluster("scontrol", "requeue", run.submissions[-1].job_id)
-    first, second = wait_for_end(cluster, run, "1r1")
-    assert (second.name, second.cause) == ("1r1", "done")
-    assert second.from_step == first.checkpoint_step >= 9
-    same_curve(run, unbroken)
-    finished_once_in_mlflow(run)
-
-
-@pytest.mark.slurm
-def test_cancel_saves_and_takes_along_what_waits(cluster, unbroken):
-    run = cluster.submit("cancelled", "--stage", "pretrain", "--stage", "tune")
-    assert cluster.state("cancelled")["tune"] == "queued"
-    wait_for_step(run, 5)
-    cluster(ORCH, "cancel", "cancelled/pretrain")
-    wait(lambda: cluster.state("cancelled")["pretrain"] == "stopped", "the stop")
-    (first,) = run.attempts()
-    assert first.cause == "cancelled" and first.checkpoint_step == first.to_step == max(run.metrics()) < STEPS
-    behind = cluster.run("cancelled", "tune")
-    wait(lambda: cluster.job(behind) == "CANCELLED", "the end of what waited")
-    assert behind.attempts() == [] and len(run.attempts()) == 1
-    assert cluster.job(run) == "FAILED", "status 0 would start what waits, and requeue is not for the cancelled"
+def test_an_ordinary_user(cluster):
+    """Without root, in a user namespace: from `orch submit` to FINISHED, on a Slurm of that user's own."""
+    folder, held = (Path(tempfile.mkdtemp(prefix="orch-test-", dir="/tmp")) for _ in range(2))  # pytest's are root's
+    try:
+        write_text(folder)
+        user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+        if os.geteuid() == 0:
+            for path in (folder, *folder.iterdir()):
+                os.chown(path, user.pw_uid, user.pw_gid)
+        become = [
+            *("unshare", "--mount", "--propagation=private", sys.executable, "-c", REVEAL, str(held)),
+            *(sys.base_prefix, sys.prefix, str(REPO), "--"),
+            *("setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"),
+        ]
+        overrides = ("engine=torch", "parallel.zero=0", "steps=6")
+        command = [
+            *(become if os.geteuid() == 0 else []),
+            *("env", "-i", f"--chdir={folder}", "PATH=/usr/bin:/bin", f"HOME={folder}", "OMP_NUM_THREADS=1"),
+            *("MLFLOW_DISABLE_TELEMETRY=true", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}"),
+            *(SLURMBOX, "2", "--", ORCH, "submit", "base.yaml", "--stage", "prepare", "--stage", "pretrain"),
+            *(f"stages.pretrain.{word}" for word in overrides),
+        ]
+        ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+        if "no namespaces for user" in ran.stderr:
+            pytest.skip(ran.stderr.strip())
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        run = Run.load(folder / "runs" / "base" / "pretrain")
+        assert {path.stat().st_uid for path in folder.rglob("*")} == {user.pw_uid}
+        assert run.folder.stat().st_mode & 0o77 == 0, "others may look into the run"
+        finished_once_in_mlflow(run, steps=6)
+    finally:
+        shutil.rmtree(folder)
+        shutil.rmtree(held)
