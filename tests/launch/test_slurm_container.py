@@ -27,10 +27,10 @@ IMAGES = {
 
 
 def script(*overrides, root="/runs"):
-    experiment = compose("gpt3-175b", ["cluster.launcher=slurm", "cluster.slurm.cpus_per_task=12", *DATA, *overrides])
+    experiment = compose("gpt3-6.7b", ["cluster.launcher=slurm", "cluster.slurm.cpus_per_task=12", *DATA, *overrides])
     experiment = experiment.experiment
-    folder = Path(root) / "gpt3-175b" / "pretrain"
-    run = Run(folder=folder, experiment="gpt3-175b", stage="pretrain", index=1, key="k")
+    folder = Path(root) / "gpt3-6.7b" / "pretrain"
+    run = Run(folder=folder, experiment="gpt3-6.7b", stage="pretrain", index=1, key="k")
     return _slurm_script.sbatch_text(
         run, experiment, folder=folder / "submitit" / "1", base={"PATH": "/bin"}, python="/venv/bin/python"
     )
@@ -58,7 +58,7 @@ def test_pyxis_mounts_what_the_ranks_touch_and_carries_what_the_user_set():
     assert mounts.split(",") == ["/data/mix:/data/mix", "/runs:/runs", "/web:/web"]
     (carried,) = [w.partition("=")[2] for w in said if w.startswith("--container-env=")]
     assert {"PYTHONPATH", "OMP_NUM_THREADS", "NCCL_DEBUG"} <= set(carried.split(","))
-    assert "--container-workdir=/runs/gpt3-175b/pretrain" in said
+    assert "--container-workdir=/runs/gpt3-6.7b/pretrain" in said
     assert said[said.index("submitit.core._submit") - 3] == "python3", "the image's own"
 
 
@@ -75,8 +75,8 @@ def test_no_name_is_a_command():
     """Folders and images of any name reach the runtime as they are."""
     evil = "/runs/$(touch hacked); 'a' b"
     for runtime in ("pyxis", "apptainer"):
-        image = "cluster.slurm.container={image: '/i/$HOME `id`.sif', runtime: %s}" % runtime
-        said = words(script(image, root=evil))
+        image = "cluster.slurm.container={image: '/i/$HOME `id`.sif'}"
+        said = words(script(image, f"cluster.slurm.container.runtime={runtime}", root=evil))
         assert any(f"{evil}:{evil}" in word for word in said)
         assert any(word.endswith("/i/$HOME `id`.sif") for word in said)
 
