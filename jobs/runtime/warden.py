@@ -39,6 +39,7 @@ log = logging.getLogger("warden")
 
 COMMAND_S = 60  # for one Slurm command; a controller that restarts answers within this
 POLL_S = 0.25
+STALL_S = 10.0  # longer this process does not stand still by itself
 STACKS_S = 3.0  # for the ranks to write where they hang
 KILLED_S = 90.0  # for Slurm to kill them; a process that hangs in the kernel may resist
 FAREWELL_S = 60.0  # for the forwarder, which gives up by itself 15 s after it has read the last line
@@ -121,16 +122,19 @@ class Warden:
         srun = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", env=env)
         reader = threading.Thread(target=self._listen, args=[srun], daemon=True)
         reader.start()
-        watch = recover.Watch(self.world, self.patience, now=time.monotonic())
+        watch = recover.Watch(self.world, self.patience, now=0.0)
         frozen, look_at, drafted = None, 0.0, False
+        watched, last = 0.0, time.monotonic()  # a clock that stands still when this process does: `scontrol suspend`
         while srun.poll() is None:
             time.sleep(POLL_S)
+            now = time.monotonic()
+            watched, last = watched + min(now - last, STALL_S), now
             if self.told and not drafted:
                 self._write_draft()
                 drafted = True
-            if time.monotonic() >= look_at and not frozen:
-                look_at = time.monotonic() + self.patience.beat_s / 2
-                frozen = watch.see(beat.read(self.run, self.name), now=time.monotonic())
+            if watched >= look_at and not frozen:
+                look_at = watched + self.patience.beat_s / 2
+                frozen = watch.see(beat.read(self.run, self.name), now=watched)
                 if frozen:
                     log.error("%s", frozen.why)
                     self._end_step(srun)
