@@ -4,8 +4,11 @@ Ranks are forked from a server process that has imported torch and DeepSpeed alr
 a second instead of twenty.
 """
 
+import importlib
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -14,15 +17,38 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "deepspeed"])
 
 
-def run_ranks(fn, world, *args, timeout_s=240):
+def run_ranks(fn, world, *args, timeout_s=240, preload=None):
     """``fn(Ranks, *args)`` in ``world`` processes that share a process group; its results by rank.
 
-    ``fn`` stands at the top of a test module. A rank that raises fails the test with its traceback.
+    ``fn`` stands at the top of a test module. A rank that raises fails the test with its traceback. ``preload``
+    names a module that is slow to import: a process between imports it once and forks the ranks.
     """
+    if preload is None:
+        return _run(_context, fn, world, args, timeout_s)
+    queue = _context.SimpleQueue()
+    between = _context.Process(target=_between, args=(queue, preload, fn, world, args, timeout_s))
+    between.start()
+    try:
+        return _collect([between], queue, 1, timeout_s + 120)[0]
+    finally:
+        between.terminate()
+        between.join()
+
+
+def _between(queue, preload, fn, world, args, timeout_s):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it ends its ranks
+    importlib.import_module(preload)
+    try:
+        queue.put((0, _run(multiprocessing.get_context("fork"), fn, world, args, timeout_s), ""))
+    except AssertionError as e:
+        queue.put((0, None, str(e)))
+
+
+def _run(context, fn, world, args, timeout_s):
     with tempfile.TemporaryDirectory() as folder:
-        queue = _context.SimpleQueue()
+        queue = context.SimpleQueue()
         processes = [
-            _context.Process(target=_rank, args=(fn, r, world, f"{folder}/rendezvous", queue, args), daemon=True)
+            context.Process(target=_rank, args=(fn, r, world, f"{folder}/rendezvous", queue, args), daemon=True)
             for r in range(world)
         ]
         for p in processes:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,11 @@ class StepResult:
 
     loss: float  # mean over this data rank's micro-batches, the same on its tensor and pipeline peers
     grad_norm: float  # global 2-norm before clipping, the same on every rank
+
+
+def inputs(module: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What ``module`` takes of ``batch``, in the order of its ``inputs``, on ``device``."""
+    return tuple(batch[name].to(device, non_blocking=True) for name in module.inputs if name in batch)
 
 
 class Engine(Protocol):

@@ -64,7 +64,8 @@ class GPTPolicy(Policy):
 
     def module_policy(self) -> dict[Any, ModulePolicyDescription]:
         """Which layers are replaced by which, and the forward pass of a stage."""
-        found: dict[Any, ModulePolicyDescription] = {GPT: ModulePolicyDescription()}
+        kind = type(self.model)
+        found: dict[Any, ModulePolicyDescription] = {kind: ModulePolicyDescription()}
         if self.shard_config.enable_tensor_parallelism:
             found |= self._tensor_layers()
         stages = self.pipeline_stage_manager
@@ -72,7 +73,7 @@ class GPTPolicy(Policy):
             held = self._held_blocks()
             if stages.is_interleave:
                 stages.stage_indices = held
-            found[GPT].method_replacement = {"forward": partial(stage_forward, stages=stages, held=held[0])}
+            found[kind].method_replacement = {"forward": partial(stage_forward, stages=stages, held=held[0])}
         return found
 
     def _tensor_layers(self) -> dict[Any, ModulePolicyDescription]:
@@ -96,7 +97,7 @@ class GPTPolicy(Policy):
                     _replace("down", Linear1D_Row),
                 ]
             ),
-            GPT: ModulePolicyDescription(
+            type(self.model): ModulePolicyDescription(
                 sub_module_replacement=[
                     _replace("embed", VocabParallel, **table),
                     _replace("head", VocabParallel, **table),

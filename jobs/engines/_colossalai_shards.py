@@ -108,7 +108,7 @@ class Gemini:
                 shape=tuple(p.shape),
                 master=master,
                 state={**state, "step": self.steps[fake]},
-                start=o.get_offsets(i)[1],
+                start=int(o.get_offsets(i)[1]),  # of numpy, from the search for a chunk size
             )
 
     def spread(self) -> None:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import StepResult
+from jobs.engines import StepResult, inputs
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import place
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
 
 LIMITS = Limits(
     refused=(
+        *(
+            Refusal(
+                when={"kind": ("sft", "reward"), axis: (True,)},
+                why=f"tuning has not been shown equal over {axis} ranks of it",
+                instead=f"`{axis}: 1`, with `zero` to spread the weights, or `engine: deepspeed`",
+            )
+            for axis in ("tensor", "pipeline")
+        ),
         Refusal(when={"zero": (3,), "precision": ("fp32",)}, why="Gemini has no fp32", instead="`precision: bf16`"),
         Refusal(when={"zero": (3,), "tensor": (True,)}, why="Gemini runs alone here", instead="`zero: 0`, `1` or `2`"),
         Refusal(when={"zero": (3,), "pipeline": (True,)}, why="Gemini has no pipeline", instead="`zero: 0` or `1`"),
@@ -71,6 +80,7 @@ LIMITS = Limits(
             instead="`compile: false`, or `engine: torch`",
         ),
     ),
+    full_pipeline=True,
 )
 VERSION = "0.5.0"
 CHUNK = 32  # 2^20 elements: Gemini's default least size of a chunk
@@ -147,8 +157,7 @@ class ColossalEngine:
         self.shards.spread()
 
     def _nll(self, batch: Batch) -> torch.Tensor:
-        on_device = {key: batch[key].to(self.device, non_blocking=True) for key in INPUTS if key in batch}
-        nll: torch.Tensor = self.model(*on_device.values())
+        nll: torch.Tensor = self.model(*inputs(self.module, batch, self.device))
         return nll
 
     def _accumulate(self, batches: Sequence[Batch]) -> torch.Tensor:
@@ -216,13 +225,13 @@ class ColossalEngine:
             return plugin.TorchDDPPlugin(gradient_as_bucket_view=True)
         if zero < 3:
             return plugin.LowLevelZeroPlugin(stage=zero, **common)
-        # A model smaller than a chunk would stay whole on every rank; a batch ramp may begin without accumulation.
+        # A model smaller than a chunk would be gathered whole at every use.
         chunk = min(CHUNK, sum(map(math.prod, self.shapes.values())) / 8 / 2**20)
+        at_once = self.stage.parallel.micro_batch * self.place.data_size
         return plugin.GeminiPlugin(
             min_chunk_size_m=chunk,
             search_range_m=chunk,
-            enable_gradient_accumulation=self.stage.global_batch
-            > self.stage.parallel.micro_batch * self.place.data_size,
+            enable_gradient_accumulation=self.stage.global_batch > at_once,
             enable_async_reduce=self.device.type == "cuda",  # it pins memory
             **common,
         )
@@ -314,14 +323,8 @@ class ColossalEngine:
     def _speaks_for(self, piece: Piece) -> bool:
         """Whether this rank, of those that hold the same elements, is the one to give them."""
         at = self.place
-        twice = piece.name == "embed.weight" and at.pipeline > 0  # a tied table is on the first stage too
-        tied = self.module.head is None
-        return (
-            (self.shards.split or at.data == 0) and (piece.cut is not None or at.tensor == 0) and not (twice and tied)
-        )
-
-
-INPUTS = ("tokens", "targets", "segments")  # of a batch: what the model takes; the rest is for the loss
+        tied = piece.name == "embed.weight" and at.pipeline > 0  # the first stage has it too
+        return (self.shards.split or at.data == 0) and (piece.cut is not None or at.tensor == 0) and not tied
 
 
 def _check_version() -> None:
@@ -337,9 +340,14 @@ def _check_version() -> None:
 
 
 def _prepare() -> None:
-    """Where there is no GPU, let the CPU answer for one."""
+    """Import ColossalAI without its warnings; where there is no GPU, let the CPU answer for one."""
     import torch
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="colossalai|torch.distributed")  # of torch's names
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that are imported for nothing
+        import colossalai.booster.plugin  # noqa: F401
     if not torch.cuda.is_available():
         from jobs.engines import _colossalai_cpu
 

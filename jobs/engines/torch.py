@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import StepResult
+from jobs.engines import StepResult, inputs
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.pieces import Piece, Slot
@@ -124,7 +124,7 @@ class TorchEngine:
         self.module.eval()
         try:
             with torch.no_grad(), self._autocast():
-                nll: torch.Tensor = self.replica(*self._inputs(batch))
+                nll: torch.Tensor = self.replica(*inputs(self.module, batch, self.device))
             return nll
         finally:
             self.module.train(training)
@@ -172,14 +172,8 @@ class TorchEngine:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         with self._autocast():
-            nll = self.replica(*self._inputs(batch))
+            nll = self.replica(*inputs(self.module, batch, self.device))
         return self.loss_fn(nll, batch)
-
-    def _inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            batch["tokens"].to(self.device, non_blocking=True),
-            batch["targets"].to(self.device, non_blocking=True),
-        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """bf16 by autocast under DDP; FSDP2 casts by its own policy."""

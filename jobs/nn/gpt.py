@@ -57,6 +57,7 @@ class GPT(nn.Module):
         self.norm = _norm(spec, tensor) if spec.norm_position == "pre" else None
         self.head = None if spec.tie_embeddings else Head(spec, tensor)
 
+    inputs: tuple[str, ...] = ("tokens", "targets", "segments")  # of a batch, in the order forward takes them
     temperature = 1.0  # of softmax: logits are divided by it
 
     def forward(
