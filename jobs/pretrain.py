@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.runtime.job import Job
-from orchestrator import registry
 
 if TYPE_CHECKING:
     import torch
-
-    from jobs.nn.parallel import TensorGroup
 
 PER_GPU = True
 
@@ -27,21 +24,13 @@ def run(job: Job) -> dict[str, float]:
     """Train the experiment's model on its data."""
     from jobs.data.packed import PackedDataset
     from jobs.nn.gpt import GPT
-    from jobs.runtime import dist, loop
+    from jobs.runtime import loop, start
 
-    stage, model, data = job.stage, job.experiment.model, job.experiment.data
+    model, data = job.experiment.model, job.experiment.data
     train = PackedDataset.open(data, seq_len=model.seq_len, split="train", vocab=model.vocab)
     held_out = PackedDataset.open(data, seq_len=model.seq_len, split="val", vocab=model.vocab)
 
-    def make(tensor: TensorGroup | None = None) -> torch.nn.Module:
-        return GPT(model, recompute=stage.parallel.recompute, tensor=tensor)
-
-    job.reached("imports")
-    dist.start(job.ranks, job.rendezvous)
-    job.reached("ranks")
-    dist.seed(stage.seed, job.ranks, stage.parallel)
-    engine = registry.find("jobs.engines", stage.engine).build(make, stage, job.ranks, mean_loss)
-    job.reached("engine")
+    engine = start.build(job, GPT, mean_loss)
     loop.train(job, engine, train, held_out, final_eval_samples=job.options.final_eval_samples)
     return {}
 

@@ -36,8 +36,9 @@ class Encoded:
 class Chat:
     """A tokenizer and a template."""
 
-    def __init__(self, tokenizer: Tokenizer, spec: ChatSpec, *, end: int, sha256: str) -> None:
-        self.tokenizer, self.spec, self.end, self.sha256 = tokenizer, spec, end, sha256
+    def __init__(self, tokenizer: Tokenizer, spec: ChatSpec, *, end: int, tokenizer_sha256: str) -> None:
+        self.tokenizer, self.spec, self.end, self.tokenizer_sha256 = tokenizer, spec, end, tokenizer_sha256
+        self.sha256 = hashlib.sha256(json.dumps([tokenizer_sha256, asdict(spec)]).encode()).hexdigest()
 
     @classmethod
     def open(cls, data: DataSpec) -> Chat:
@@ -56,8 +57,7 @@ class Chat:
                 f"tokenizer `{path}` has no token `{data.chat.end}`",
                 hint="set `data.chat.end` to the token that ends a text there",
             )
-        what = [file_sha256(path), asdict(data.chat)]
-        return cls(tokenizer, data.chat, end=end, sha256=hashlib.sha256(json.dumps(what).encode()).hexdigest())
+        return cls(tokenizer, data.chat, end=end, tokenizer_sha256=file_sha256(path))
 
     def encode(self, turns: Sequence[Mapping[str, str]]) -> Encoded:
         """Tokens of ``turns``, each with `role` and `content`. Raises DataError for a role the template has not."""

@@ -30,7 +30,7 @@ class Demonstrations:
         self.left_out: Counter[str] = Counter()
         self.examples: list[Encoded] = demonstrations(files, chat, longest=seq_len + 1, left_out=self.left_out)
         self.seq_len, self.seed, self.end = seq_len, seed, chat.end
-        self.tokenizer_sha256 = chat.sha256
+        self.tokenizer_sha256 = chat.tokenizer_sha256
         self.fingerprint = fingerprint(files, chat, "next-fit", seq_len, seed)
         self._rows = lru_cache(maxsize=2)(self._pack)
         self._starts = [0]  # row at which each epoch begins

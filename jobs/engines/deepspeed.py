@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 LIMITS = Limits(
     refused=(
         Refusal(
+            when={"kind": ("sft", "reward"), "pipeline": (True,)},
+            why="pipeline ranks hand on hidden states alone, not which text of a row they belong to",
+            instead="`pipeline: 1`, with `zero` or `tensor` to spread the weights",
+        ),
+        Refusal(
             when={"offload": ("optimizer",), "zero": (0,)},
             why="offload comes with ZeRO's shards",
             instead="`zero: 1`, `2` or `3`",

@@ -18,6 +18,7 @@ from orchestrator.spec import ModelSpec
 class Scorer(GPT):
     """``score`` of each token's last hidden state, (B, T) in fp32: of the text up to that token."""
 
+    inputs = ("tokens", "segments")
     new = ("score.",)  # parameters that a GPT's checkpoint has not
 
     def __init__(self, spec: ModelSpec, *, recompute: Recompute = "none", tensor: TensorGroup | None = None) -> None:

@@ -10,6 +10,7 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.runtime import dist
@@ -46,12 +47,19 @@ class Samples(Protocol):
 
 
 def train(
-    job: Job, engine: Engine, data: Samples, held_out: Samples | None, *, final_eval_samples: int | None = None
+    job: Job,
+    engine: Engine,
+    data: Samples,
+    held_out: Samples | None,
+    *,
+    final_eval_samples: int | None = None,
+    judge: Callable[[Samples, int], dict[str, float]] | None = None,
 ) -> None:
     """Train ``job.stage`` from its newest checkpoint, or from its first step, to its last. Collective.
 
     Args:
         final_eval_samples: samples in the evaluation after the last step; None: all of ``held_out``.
+        judge: what to measure over so many of the first samples, `val/loss` among it; None: that alone.
 
     Raises:
         Stopped: a signal asked for it; everything is saved.
@@ -62,7 +70,8 @@ def train(
     all_tokens = total_tokens(stage, seq_len)
     decay_tokens = stage.schedule.decay_tokens or all_tokens
     held = held_out or data
-    probe = Probe(data=held.fingerprint, measure=lambda: evaluate(job, engine, held, PROBE_SAMPLES))
+    measure = judge or (lambda samples, count: {"val/loss": evaluate(job, engine, samples, count)})
+    probe = Probe(data=held.fingerprint, measure=lambda: measure(held, PROBE_SAMPLES)["val/loss"])
     at = resume(job, engine, data, probe)
     job.reached("checkpoint")
     job.note(from_step=at.step, to_step=at.step, checkpoint_step=at.step)
@@ -90,7 +99,7 @@ def train(
             "train/loss": loss,
             "train/lr": lr,
             "train/grad_norm": result.grad_norm,
-            **_performance(job, step_s, size * seq_len),
+            **_performance(job, step_s, job.place.data_size * sum(b["tokens"].numel() for b in batches)),
             "perf/data_wait_s": data_wait_s,
             "perf/checkpoint_stall_s": stall_s,
         }
@@ -98,7 +107,7 @@ def train(
         if held_out and (last or (stage.eval_every and at.step % stage.eval_every == 0)):
             samples = final_eval_samples if last else stage.eval_samples
             job.mark("evaluate")
-            values["val/loss"] = evaluate(job, engine, held_out, samples or held_out.samples_per_epoch)
+            values |= measure(held_out, samples or held_out.samples_per_epoch)
         job.report(at.step, values, tokens=at.tokens)
         job.reached("step")
         stall_s = 0.0
@@ -122,25 +131,39 @@ def train(
 
 
 def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:
-    """Mean negative log-likelihood over the first ``samples`` of ``data``, in nats per token. Collective.
+    """Mean negative log-likelihood over the first ``samples`` of ``data``, in nats per counted token. Collective."""
+    import torch
 
-    Each data rank takes its turn; every one runs as many forward passes as any other.
+    summed, tokens = 0.0, 0.0
+    for batch, count in in_turns(job, data, samples):
+        nll = engine.forward(batch)[:count].double().cpu()
+        weight = batch["weight"][:count].double() if "weight" in batch else torch.ones_like(nll)
+        summed += (nll * weight).sum().item()
+        tokens += weight.sum().item()
+    return dist.total(summed) / dist.total(tokens)
+
+
+def in_turns(job: Job, data: Samples, samples: int) -> Iterator[tuple[Batch, int]]:
+    """This data rank's share of the first ``samples`` of ``data``: batches, and how many samples of each count.
+
+    Every rank is given as many batches as any other, so that forward passes are collective; in the last turn perhaps
+    one that counts for nothing.
     """
     place, micro = job.place, job.stage.parallel.micro_batch
     samples = min(samples, data.samples_per_epoch)
-    summed, tokens = 0.0, 0
     for turn in range(-(-samples // (place.data_size * micro))):
         job.mark()
         first = (turn * place.data_size + place.data) * micro
         count = min(max(samples - first, 0), micro)
-        nll = engine.forward(data.batch(first if count else 0, count or 1))[:count]
-        summed += nll.double().sum().item()
-        tokens += nll.numel()
-    return dist.total(summed) / dist.total(tokens)
+        yield data.batch(first if count else 0, count or 1), count
 
 
 def _share(job: Job, data: Samples, first: int, size: int) -> list[Batch]:
-    """This data rank's micro-batches of the global samples ``first`` to ``first + size``."""
+    """This data rank's micro-batches of the global samples ``first`` to ``first + size``. Collective with weights.
+
+    Where tokens have a ``weight``, it is scaled so that the mean of all micro-batches' weighted sums is the mean over
+    the tokens of the step: else a token among few would count for more.
+    """
     place, micro = job.place, job.stage.parallel.micro_batch
     turns, left = divmod(size, place.data_size * micro)
     if left:  # the plan allows none; a job that was started by hand may have other ranks
@@ -148,7 +171,12 @@ def _share(job: Job, data: Samples, first: int, size: int) -> list[Batch]:
             f"a batch of {size} does not split over {place.data_size} data ranks with micro-batches of {micro}",
             hint="start as many ranks as the plan has",
         )
-    return [data.batch(first + (turn * place.data_size + place.data) * micro, micro) for turn in range(turns)]
+    batches = [data.batch(first + (turn * place.data_size + place.data) * micro, micro) for turn in range(turns)]
+    if "weight" in batches[0]:
+        mine = sum(b["weight"].sum().item() for b in batches) / len(batches)
+        mean = dist.total(mine) / job.ranks.world
+        batches = [b | {"weight": b["weight"] / max(mean, 1.0)} for b in batches]
+    return batches
 
 
 def _performance(job: Job, step_s: float, tokens: int) -> dict[str, float]:

@@ -111,13 +111,19 @@ def save(folder: Path, engine: Engine, ranks: Ranks) -> None:
 def load(folder: Path, engine: Engine, *, weights_only: bool = False) -> None:
     """Fill all that ``engine`` holds from ``folder``; with ``weights_only``, its optimizer starts anew. Collective.
 
+    With ``weights_only``, what the checkpoint lacks of the parameters that ``module.new`` names stays as it is: a
+    reward model begins with the weights of a language model, which has no head for scores.
+
     Raises:
         CheckpointError: a tensor, or a part of one, is not in there, or has another shape.
     """
     with Store(folder) as store:
+        new: tuple[str, ...] = getattr(engine.module, "new", ()) if weights_only else ()
         for piece in engine.pieces():
             if weights_only and piece.slot != "weight":
                 piece.data.detach().zero_()
+            elif piece.name.startswith(new) and piece.name not in store:
+                continue
             else:
                 store.fill(piece)
     engine.filled()
@@ -143,6 +149,9 @@ class Store:
     def __exit__(self, *exc: object) -> None:
         self.files.clear()
         self.open.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.index["tensors"]
 
     def fill(self, piece: Piece) -> None:
         """Copy into ``piece.data`` what the checkpoint has for it."""
