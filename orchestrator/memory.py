@@ -50,6 +50,8 @@ def states(stage: StageSpec, data: int, micro_batches: int) -> States:
         twice = 4.0 if zero == 0 and data > 1 and micro_batches > 1 else 0.0
         return States(4, 4 + twice, 8, 2 if bf16 and zero == 0 else 0)
     if bf16:
+        if stage.engine == "deepspeed" and stage.parallel.pipeline > 1:
+            return States(2, 2 + 4, 12)  # micro-batches add up in fp32
         return States(2, 4 if zero == 0 and stage.engine == "deepspeed" else 2, 12)
     return States(4, 4, 8 if zero == 0 else 12)  # sharded, even fp32 weights are copied
 
