@@ -101,8 +101,8 @@ def rank_bytes(
         gradients = 0 if p.zero >= 2 else gradients
     if p.offload == "all":
         weights = 0
-    activations = activation_bytes(model, stage, part, flash=flash)
     logits = logit_bytes(model, stage, on_gpu=on_gpu) if part.last else 0.0
+    activations = activation_bytes(model, stage, part, flash=flash, at_head=logits)
     buffers = each.copies * mine + buffer_bytes(model, stage, part, data)
     other = CONTEXT_BYTES["gpu" if on_gpu else "cpu"] + FRAGMENTS * (activations + logits)
     values = (weights, gradients, optimizer, activations, logits, buffers, other)
@@ -132,38 +132,51 @@ def sharded_params(model: ModelSpec, part: Slice, tensor: int) -> float:
     return whole + (part.params - whole) / tensor
 
 
-def activation_bytes(model: ModelSpec, stage: StageSpec, part: Slice, *, flash: bool = True) -> float:
-    """What waits for its backward pass, of all micro-batches in flight, and one layer at work."""
+def activation_bytes(
+    model: ModelSpec, stage: StageSpec, part: Slice, *, flash: bool = True, at_head: float = 0.0
+) -> float:
+    """What waits for its backward pass, of all micro-batches in flight, and what one layer's backward pass works in.
+
+    The last stage is fullest either in its head, ``at_head`` bytes, or in its last layer's backward pass.
+    """
     p = stage.parallel
+    width = 2 if stage.precision == "bf16" else 4
     per_layer = layer_activation_bytes(model, stage, flash=flash)
-    rows = model.seq_len * p.micro_batch * model.hidden / (p.tensor if p.sequence else 1)
-    held, at_work = per_layer * part.layers * part.in_flight, 0.0
+    tokens = model.seq_len * p.micro_batch
+    rows = tokens * model.hidden / (p.tensor if p.sequence else 1)
+    held = per_layer * part.layers * part.in_flight
+    at_work = width * tokens * (model.ffn / p.tensor + model.hidden)  # gradients of the feed-forward and the stream
     if p.recompute == "full":  # [K] section 5: the input of each layer
         held = _stream_bytes(stage) * rows * part.layers * part.in_flight
-        at_work = per_layer
+        at_work += per_layer
     elif p.recompute == "selective" and not flash:
-        at_work = score_bytes(model, stage)
+        at_work += score_bytes(model, stage)
     if part.first and model.dropout:
         held += rows * part.in_flight  # the mask on the embeddings, [K] section 4.3
     if part.last:
         held += _stream_bytes(stage) * rows if model.norm_position == "pre" else 0
-    return held + at_work
+    if p.pipeline > 1:  # outputs until their gradient comes ([K] appendix B), and what is on its way
+        held += width * rows * (part.in_flight + (1 if part.first else 3))
+    return held + max(0.0, at_work - at_head)
 
 
-def layer_activation_bytes(model: ModelSpec, stage: StageSpec, *, flash: bool = True) -> float:
+def layer_activation_bytes(
+    model: ModelSpec, stage: StageSpec, *, flash: bool = True, keeps_gathered: bool = True
+) -> float:
     """What one layer keeps of one micro-batch for its backward pass.
 
     [K] section 4.1, term by term, s b h (10 + 24 / t) for GPT-3 in 16 bit with dropout; sequence parallel splits the
-    10 too (equation 4). Its 5 a s / h, the scores, is left out where attention is fused [D], and where selective
-    recompute does it again (equation 6).
+    10 too (equation 4), but for what products read where they keep it gathered (jobs/nn/parallel.py does, Megatron
+    gathers again: ``keeps_gathered``). Its 5 a s / h, the scores, is left out where attention is fused [D], and where
+    selective recompute does it again (equation 6).
     """
     p, h, f = stage.parallel, model.hidden, model.ffn
     width, stream = 2 if stage.precision == "bf16" else 4, _stream_bytes(stage)
     norms = 1 if model.parallel_block else 2
-    whole = h * (stream * norms + 2 * width)  # inputs of the norms; of the qkv and of the up projection
-    if model.parallel_block:
-        whole -= h * width  # the same tensor
-    masks = h * norms if model.dropout else 0  # a byte each
+    gathered = h * width * (1 if model.parallel_block else 2)  # what the qkv and the up projection read
+    whole = h * stream * norms + (h * norms if model.dropout else 0)  # inputs of the norms; masks, a byte each
+    if not (p.sequence and keeps_gathered):
+        whole, gathered = whole + gathered, 0
     queries = h + 2 * model.kv_hidden + h  # q, k, v and the attention's output
     if model.position == "rope":
         queries += h + model.kv_hidden  # q and k before the turn lie in the same memory as v, which is kept
@@ -171,7 +184,7 @@ def layer_activation_bytes(model: ModelSpec, stage: StageSpec, *, flash: bool = 
     rows = model.seq_len * p.micro_batch
     split = width * (queries + up) / p.tensor
     scores = 0.0 if flash or p.recompute == "selective" else score_bytes(model, stage)
-    return rows * ((whole + masks) / (p.tensor if p.sequence else 1) + split) + scores
+    return rows * (whole / (p.tensor if p.sequence else 1) + gathered + split) + scores
 
 
 def score_bytes(model: ModelSpec, stage: StageSpec) -> float:
@@ -200,9 +213,11 @@ def buffer_bytes(model: ModelSpec, stage: StageSpec, part: Slice, data: int) -> 
     block = model.layer_params / p.tensor
     ends = model.embedding_params / p.tensor if p.pipeline == 1 else 0.0
     if stage.engine == "torch":
-        if p.zero == 3:
-            return width * (3 * block + ends)  # this one, the next, and the buffer it arrives in
-        return width * (sharded_params(model, part, p.tensor) + block) if p.zero else 0.0
+        if p.zero == 0:
+            return 0.0
+        if p.zero == 3:  # this one, the next, and the buffer it arrives in
+            return width * (3 * block + ends)
+        return width * (sharded_params(model, part, p.tensor) + block)
     if p.zero == 3 or p.offload == "all":
         two = 2 * max(block, model.vocab * model.hidden / p.tensor)
         kept = min(LIVE_ELEMENTS, sharded_params(model, part, p.tensor))

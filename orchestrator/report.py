@@ -165,6 +165,10 @@ def _draw_nodes(axes: Any, experiment: Experiment, e: Estimate) -> None:
     axes.plot(nodes, [x.days for _, x in points], "o-", color=COLORS[0], label="days, best layout")
     axes.plot([experiment.stages[e.stage].parallel.nodes], [e.days], "s", color=COLORS[2], label="days, this plan")
     axes.set(xlabel="nodes", ylabel="days", title="Time and cost over nodes", xscale="log", yscale="log")
+    axes.set_xticks(nodes, [f"{n:,}" for n in nodes])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:,.3g}")
+    axes.yaxis.set_minor_formatter("{x:,.3g}")
     money = axes.twinx()
     priced = experiment.cluster.usd_per_gpu_hour > 0
     money.plot(nodes, [x.usd if priced else x.gpu_hours for _, x in points], "^:", color=COLORS[1])

@@ -309,6 +309,10 @@ def _write_spec(run: Run, experiment: Experiment, estimate: Estimate | None) -> 
 
     write_atomic(run.folder / "spec.yaml", OmegaConf.to_yaml(OmegaConf.structured(experiment)))
     write_json(run.folder / "plan.json", estimate.to_json() if estimate else None)
+    if estimate and experiment.cluster.gpu != "cpu":  # a second, which a run on GPUs is worth
+        from orchestrator import report
+
+        report.write(run.folder / "plan.html", experiment, [estimate])
 
 
 def _copy_code(target: Path) -> None:

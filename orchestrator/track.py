@@ -289,11 +289,11 @@ def _send_files(client: "MlflowClient", run: Run) -> None:
     """Send the spec, the plan and the loss curve as they are now, and name the data set; each once."""
     with run.lock("tracking", wait_s=LOCK_S):
         sent = Sent.load(run)
-        for name in ("spec.yaml", "plan.json", "loss-curve.png"):
+        for name in ("spec.yaml", "plan.json", "plan.html", "loss-curve.png"):
             path = run.folder / name
             if not path.exists() or path.stat().st_mtime_ns == sent.artifacts.get(name):
                 continue
-            if path.suffix == ".png":
+            if path.suffix in (".png", ".html"):
                 client.log_artifact(sent.run_id, str(path))
             else:
                 client.log_text(sent.run_id, mask(path.read_text(encoding="utf-8")), name)

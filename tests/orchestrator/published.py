@@ -4,7 +4,8 @@ Sources: [N] Narayanan et al. 2021, arXiv:2104.04473, tables 1 and 2, with micro
 that repeat them (Megatron-LM, examples/sc21/run_table_1.sh); [K] Korthikanti et al. 2022, arXiv:2205.05198, table 5;
 [H] Megatron-LM's README, weak scaling on H100 (micro-batches are not printed there: the best that fits is taken);
 [B] bigscience, train/tr11-176B-ml/chronicles-prequel.md, on A100 with 4 x 100 Gb/s a node, kernels launched one at a
-time (CUDA_LAUNCH_BLOCKING=1, section "dealing with JZ hanging").
+time (CUDA_LAUNCH_BLOCKING=1, section "dealing with JZ hanging"); [M] MegaScale, arXiv:2402.15627, table 2, its
+Megatron-LM baseline, looked at only after everything else stood.
 """
 
 from dataclasses import dataclass, replace
@@ -177,3 +178,13 @@ def bloom() -> list[Row]:
             software = replace(MEGATRON_DEEPSPEED, grad_bytes=grad_bytes)
             rows.append(Row(name, seconds, m, plan, t * p * data, batch, JEAN_ZAY, software))
     return rows
+
+
+def megascale() -> list[Row]:
+    m = gpt(96, 12288, 128, vocab=64000, dropout=0)
+    plan = ParallelPlan(tensor=8, pipeline=8, interleave=6, recompute="selective", sequence=True, zero=1)
+    software = replace(MEGATRON_2022, hides_data=True)
+    return [
+        Row(f"M table 2, Megatron-LM on {gpus}", seconds, m, plan, gpus, batch, A100, software)
+        for gpus, batch, seconds in [(256, 768, 40.0), (1024, 768, 11.9), (6144, 6144, 14.78)]
+    ]

@@ -30,6 +30,7 @@ OUTSIDE = {
         (published.megatron_2022, 0.07, 0.15),
         (published.megatron_core, 0.06, 0.15),
         (published.bloom, 0.06, 0.15),
+        (published.megascale, 0.06, 0.06),
     ],
 )
 def test_published_steps(rows: Callable[[], list[published.Row]], median: float, most: float) -> None:
