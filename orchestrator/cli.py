@@ -394,6 +394,64 @@ def resume(root: Path, run: str, overrides: Sequence[str], force: bool, detach: 
 
 
 @cli.command()
+@CONFIG
+@OVERRIDES
+@click.option("--engines", default="torch,deepspeed,colossalai", show_default=True, metavar="NAME,...", help="Which.")
+@click.option("--layout", "layouts", multiple=True, metavar="KEY=VALUE,...", help="Of `parallel`; may be given again.")
+@click.option("--stage", metavar="NAME", help="Which stage. Default: the first that trains.")
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps of each.")
+@click.option("--tolerance", type=float, metavar="NATS", help="Of the loss. Default: 1e-4 in fp32, 5e-2 in bf16.")
+@click.option("--to", "folder", type=click.Path(file_okay=False, path_type=Path), help="New folder of runs and curves.")
+@JSON
+@click.pass_obj
+def parity(root: Path, config: str, overrides: Sequence[str], engines: str, as_json: bool, **how: Any) -> None:
+    """Run a config through several engines and layouts, and compare losses, gradient norms and speed.
+
+    Every engine runs in every layout, on this machine, from the same seed over the same samples. The first is
+    what the others are held against. Exits with 1 where one fails or is further away than the tolerance.
+
+    \b
+    Examples:
+      orch parity configs/demo.yaml --engines torch,deepspeed
+      orch parity configs/demo.yaml --layout zero=0 --layout tensor=2 --layout pipeline=2 --steps 10
+    """
+    from orchestrator import parity as check
+    from orchestrator import show
+
+    cases, folder = check.parity(config, overrides, root=root, engines=engines.split(","), **how)
+    if as_json:
+        show.as_json([vars(case) for case in cases])
+    else:
+        check.show(cases)
+    click.echo(f"curves: {folder / 'curves.png'}", err=True)
+    if any(case.result in ("differs", "failed") for case in cases):
+        sys.exit(1)
+
+
+@cli.command()
+@RUN
+@click.option("--step", type=click.IntRange(0), metavar="N", help="Which checkpoint. Default: the newest.")
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="Folder to write, which does not exist.")
+@click.pass_obj
+def consolidate(root: Path, run: str, step: int | None, to: Path) -> None:
+    """Write a checkpoint as one set of safetensors: whole tensors in fp32, by the model's own names.
+
+    Weights come into `model-*.safetensors`, the optimizer's state into `optimizer-*.safetensors`. Reads
+    checkpoints of every engine and layout. The folder is a checkpoint itself, which any of them goes on from.
+    """
+    from orchestrator.consolidate import checkpoint_of
+    from orchestrator.consolidate import consolidate as write
+    from orchestrator.run import find_runs
+
+    runs = find_runs(root, run)
+    if len(runs) > 1:
+        names = ", ".join(f"`{r.name}`" for r in runs)
+        raise OrchError(f"`{run}` has {len(runs)} runs: {names}", hint="name one of them")
+    for file in write(checkpoint_of(runs[0], step), to):
+        click.echo(file)
+
+
+@cli.command()
 @RUN
 @click.option("--now", is_flag=True, help="Do not wait for a checkpoint: kill it.")
 @click.pass_obj

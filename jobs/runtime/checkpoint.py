@@ -2,7 +2,7 @@
 
 A folder counts as a checkpoint once its manifest lists every file with size and SHA-256, as OLMo-core
 commits with a metadata file. Whatever a kill leaves behind has no manifest, and is passed over. Every
-function here but ``committed`` is collective.
+function here but ``committed`` and ``damage`` is collective.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ def newest(root: Path, *, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     steps: list[int] = dist.broadcast(committed(root))  # type: ignore[assignment]
     for step in steps:
         folder = folder_of(root, step)
-        damage = [d for d in dist.gather(_damage(folder, ranks)) if d]
-        if not damage:
+        problems = [d for d in dist.gather(damage(folder, ranks)) if d]
+        if not problems:
             return folder, read_json(folder / STATE)
-        log.warning("checkpoint `%s` is damaged and is passed over: %s", folder, "; ".join(damage))
+        log.warning("checkpoint `%s` is damaged and is passed over: %s", folder, "; ".join(problems))
     if steps:
         raise CheckpointError(
             f"all {len(steps)} checkpoints in `{root}` are damaged",
@@ -201,7 +201,7 @@ def _commit(folder: Path, state: dict[str, Any], files: dict[str, list]) -> None
     write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
 
 
-def _damage(folder: Path, ranks: Ranks) -> str:
+def damage(folder: Path, ranks: Ranks) -> str:
     """What is wrong with this rank's share of the files that the manifest of ``folder`` lists."""
     try:
         listed = read_json(folder / MANIFEST)["files"]
