@@ -220,8 +220,12 @@ def _reached(run: Run) -> list[str]:
     said = [f"step {last['step']}: loss {last['train/loss']:.4f} after {last['tokens']:,} tokens"]
     held_out = [line for line in trained if "val/loss" in line]
     if held_out:
-        known = [f"{name} model {loss:.4f}" for name, loss in sorted(dataset(run).get("baselines", {}).items())]
-        said.append(", ".join([f"held-out text: loss {held_out[-1]['val/loss']:.4f}", *known]))
+        text = run.spec().stages[run.stage].kind == "pretrain"  # what n-gram models are fitted on
+        baselines = sorted(dataset(run).get("baselines", {}).items()) if text else []
+        found = {key.removeprefix("val/"): value for key, value in held_out[-1].items() if key.startswith("val/")}
+        known = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in found.items()]
+        known += [f"{name} model {loss:.4f}" for name, loss in baselines]
+        said.append(f"held-out {'text' if text else 'examples'}: " + ", ".join(known))
     saved = max((a.checkpoint_step for a in run.attempts()), default=0)
     if saved:
         said.append(f"checkpoint: {run.checkpoints / f'step-{saved:07d}'}")
