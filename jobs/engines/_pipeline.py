@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from jobs.engines import StepResult
@@ -40,6 +41,13 @@ class PipelineEngine(DeepSpeedEngine):
                 f"`engine_config.pipeline.partition` is `{partition}`", hint="it may be `uniform` or `parameters`"
             )
         pipe = _pipeline_module(self.module, topology(self.place), PARTITIONS[partition], self._last)
+        is_block = [layer in set(self.module.blocks) for layer in self.module.body()]
+        blocks = [sum(is_block[start:stop]) for start, stop in pairwise(pipe.parts)]
+        if min(blocks) == 0:  # its ranks would wait for each other in DeepSpeed's gradient norm
+            raise ConfigError(
+                f"`engine_config.pipeline.partition` `{partition}` makes stages of 0 to {max(blocks)} blocks",
+                hint="`uniform`, or fewer pipeline ranks",
+            )
         return pipe, pipe.mpu()
 
     def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:

@@ -60,6 +60,11 @@ LIMITS = Limits(
             instead="`offload: none`",
         ),
         Refusal(
+            when={"pipeline": (True,), "compile": (True,)},
+            why="a compiled block in a pipeline has not been shown to compute the same",
+            instead="`compile: false`",
+        ),
+        Refusal(
             when={"tensor": (True,), "compile": (True,)},
             why="torch.compile has not been shown to keep collectives and dropout inside a block in order",
             instead="`compile: false`",
@@ -83,6 +88,11 @@ LIMITS = Limits(
         "zero_optimization.stage",
         "zero_optimization.offload_optimizer",
         "zero_optimization.offload_param",
+        "pipeline.pipe_partitioned",
+        "pipeline.grad_partitioned",
+        "pipeline.stages",
+        "pipeline.seed_layers",
+        "pipeline.activation_checkpoint_interval",
         "checkpoint",
     ),
 )
@@ -156,7 +166,7 @@ class DeepSpeedEngine:
             self.module.compile_blocks()
         o = stage.optimizer
         on_cpu = self.device.type == "cpu" or stage.parallel.offload != "none"
-        groups = decay_groups(self.module, o.weight_decay)
+        groups = [g for g in decay_groups(self.module, o.weight_decay) if g["params"]]  # a pipeline stage may lack one
         # `train_step` sets lr. To allocate the moments ZeRO-0 in bf16 steps without gradients: it must change nothing.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=o.betas, eps=o.eps, fused=not on_cpu)
         if clips_itself(stage):

@@ -17,6 +17,7 @@ from jobs.nn.gpt import GPT, decay_groups, init_weights
 from jobs.pretrain import mean_loss
 from jobs.runtime import dist, pieces
 from jobs.runtime.mesh import place
+from orchestrator.errors import ConfigError
 from orchestrator.spec import ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
@@ -28,6 +29,7 @@ LLAMA = replace(
     tie_embeddings=False, init_std=0.1,
 )  # fmt: skip
 GPTJ = replace(GPT3, parallel_block=True, position="rope", tie_embeddings=False)
+BY_PARAMETERS = {"pipeline": {"partition": "parameters"}}
 ENGINES = {"torch": torch_engine, "deepspeed": deepspeed_engine}
 
 
@@ -36,6 +38,66 @@ def stage_of(engine, *, precision="fp32", engine_config=None, **parallel):
         kind="pretrain", engine=engine, parallel=ParallelPlan(micro_batch=MICRO, **parallel), precision=precision,
         optimizer=OptimizerSpec(lr=LR, clip=CLIP), global_batch=BATCH, steps=STEPS, engine_config=engine_config or {},
     )  # fmt: skip
+
+
+ON_2 = {
+    "torch tp2": (stage_of("torch", tensor=2), GPT3),
+    "torch tp2 sp": (stage_of("torch", tensor=2, sequence=True), GPT3),
+    "torch tp2 fsdp": (stage_of("torch", tensor=2, zero=3), GPT3),
+    "torch tp2 llama recompute": (stage_of("torch", tensor=2, recompute="full"), LLAMA),
+    "torch tp2 sp llama": (stage_of("torch", tensor=2, sequence=True), LLAMA),
+    "torch tp2 sp gptj": (stage_of("torch", tensor=2, sequence=True), GPTJ),
+    "ds tp2": (stage_of("deepspeed", tensor=2), GPT3),
+    "ds tp2 sp z1": (stage_of("deepspeed", tensor=2, sequence=True, zero=1), LLAMA),
+    "ds tp2 z3": (stage_of("deepspeed", tensor=2, zero=3), GPT3),
+    "ds tp2 z2 offload": (stage_of("deepspeed", tensor=2, zero=2, offload="optimizer"), GPT3),
+    "ds tp2 z3 offload": (stage_of("deepspeed", tensor=2, zero=3, offload="all"), GPT3),
+    "ds pp2": (stage_of("deepspeed", pipeline=2), GPT3),
+    "ds pp2 by parameters": (stage_of("deepspeed", pipeline=2, engine_config=BY_PARAMETERS), GPT3),
+    "ds pp2 z1": (stage_of("deepspeed", pipeline=2, zero=1, recompute="full"), LLAMA),
+}
+
+ON_4 = {
+    "torch tp2 ddp2": (stage_of("torch", tensor=2), GPT3),
+    "torch tp2 fsdp2": (stage_of("torch", tensor=2, zero=3), GPT3),
+    "torch tp4 sp": (stage_of("torch", tensor=4, sequence=True), GPT3),
+    "ds tp2 dp2 z1": (stage_of("deepspeed", tensor=2, zero=1), GPT3),
+    "ds tp2 dp2 z2 sp": (stage_of("deepspeed", tensor=2, zero=2, sequence=True), LLAMA),
+    "ds tp2 dp2 z3": (stage_of("deepspeed", tensor=2, zero=3), LLAMA),
+    "ds pp2 dp2 z1": (stage_of("deepspeed", pipeline=2, zero=1), GPT3),
+    "ds pp4": (stage_of("deepspeed", pipeline=4), GPT3),
+    "ds tp2 pp2": (stage_of("deepspeed", tensor=2, pipeline=2), GPT3),
+    "ds tp2 pp2 z1 sp": (
+        stage_of("deepspeed", tensor=2, pipeline=2, sequence=True, zero=1, recompute="full"),
+        LLAMA,
+    ),
+}
+
+ON_8 = {
+    "ds tp2 pp2 dp2": (stage_of("deepspeed", tensor=2, pipeline=2), GPT3),
+    "ds tp2 pp2 dp2 z1 sp": (stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True), GPT3),
+}
+
+BF16 = {
+    "torch tp2 ddp2": (stage_of("torch", tensor=2, precision="bf16"), GPT3),
+    "torch tp2 fsdp2 sp": (stage_of("torch", tensor=2, zero=3, sequence=True, precision="bf16"), LLAMA),
+    "ds tp2 dp2 z1 sp": (stage_of("deepspeed", tensor=2, zero=1, sequence=True, precision="bf16"), LLAMA),
+    "ds tp2 dp2 z3": (stage_of("deepspeed", tensor=2, zero=3, precision="bf16"), GPT3),
+    "ds pp2 dp2 z1": (stage_of("deepspeed", pipeline=2, zero=1, precision="bf16"), GPT3),
+    "ds tp2 pp2 z1 sp": (
+        stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True, precision="bf16"),
+        LLAMA,
+    ),
+}
+
+CHANGING = {
+    "torch tp2 ddp2": stage_of("torch", tensor=2),
+    "torch tp2 fsdp2": stage_of("torch", tensor=2, zero=3, sequence=True),
+    "ds tp2 z3": stage_of("deepspeed", tensor=2, zero=3),
+    "ds pp2 dp2": stage_of("deepspeed", pipeline=2),
+    "ds tp2 pp2 z1 sp": stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True),
+    "ds tp2 pp2 bf16": stage_of("deepspeed", tensor=2, pipeline=2, zero=1, precision="bf16"),
+}
 
 
 def batch_of(step, first, count, model=GPT3):
@@ -134,69 +196,39 @@ def check(results, cases, tolerance):
         assert all(r[name][1][:1] == r[name][2] or math.dist(r[name][1][0], r[name][2][0]) < 1e-4 for r in results)
 
 
+def test_fp32_on_2_ranks():
+    check(run_ranks(parity, 2, ON_2), ON_2, 1e-5)
+
+
 def test_fp32_on_4_ranks():
-    cases = {
-        "torch tp2 ddp2": (stage_of("torch", tensor=2), GPT3),
-        "torch tp2 fsdp2": (stage_of("torch", tensor=2, zero=3), GPT3),
-        "torch tp4 sp": (stage_of("torch", tensor=4, sequence=True), GPT3),
-        "ds tp2 dp2 z1": (stage_of("deepspeed", tensor=2, zero=1), GPT3),
-        "ds tp2 dp2 z2 sp": (stage_of("deepspeed", tensor=2, zero=2, sequence=True), LLAMA),
-        "ds tp2 dp2 z3": (stage_of("deepspeed", tensor=2, zero=3), LLAMA),
-        "ds pp2 dp2 z1": (stage_of("deepspeed", pipeline=2, zero=1), GPT3),
-        "ds pp4": (stage_of("deepspeed", pipeline=4), GPT3),
-        "ds tp2 pp2": (stage_of("deepspeed", tensor=2, pipeline=2), GPT3),
-        "ds tp2 pp2 z1 sp": (
-            stage_of("deepspeed", tensor=2, pipeline=2, sequence=True, zero=1, recompute="full"),
-            LLAMA,
-        ),
-    }
-    check(run_ranks(parity, 4, cases), cases, 1e-5)
+    check(run_ranks(parity, 4, ON_4), ON_4, 1e-5)
 
 
 def test_fp32_on_8_ranks():
-    cases = {
-        "ds tp2 pp2 dp2": (stage_of("deepspeed", tensor=2, pipeline=2), GPT3),
-        "ds tp2 pp2 dp2 z1 sp": (stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True), GPT3),
-    }
-    check(run_ranks(parity, 8, cases), cases, 1e-5)
+    check(run_ranks(parity, 8, ON_8), ON_8, 1e-5)
 
 
-def test_fp32_on_2_ranks():
-    cases = {
-        "torch tp2": (stage_of("torch", tensor=2), GPT3),
-        "torch tp2 sp": (stage_of("torch", tensor=2, sequence=True), GPT3),
-        "torch tp2 fsdp": (stage_of("torch", tensor=2, zero=3), GPT3),
-        "torch tp2 llama recompute": (stage_of("torch", tensor=2, recompute="full"), LLAMA),
-        "torch tp2 sp llama": (stage_of("torch", tensor=2, sequence=True), LLAMA),
-        "torch tp2 sp gptj": (stage_of("torch", tensor=2, sequence=True), GPTJ),
-        "ds tp2": (stage_of("deepspeed", tensor=2), GPT3),
-        "ds tp2 sp z1": (stage_of("deepspeed", tensor=2, sequence=True, zero=1), LLAMA),
-        "ds tp2 z3": (stage_of("deepspeed", tensor=2, zero=3), GPT3),
-        "ds pp2": (stage_of("deepspeed", pipeline=2), GPT3),
-        "ds pp2 z1": (stage_of("deepspeed", pipeline=2, zero=1, recompute="full"), LLAMA),
-        "ds pp2 by parameters": (
-            stage_of("deepspeed", pipeline=2, zero=1, engine_config={"pipeline": {"partition": "parameters"}}),
-            GPT3,
-        ),
-    }
-    check(run_ranks(parity, 2, cases), cases, 1e-5)
+def refused(ranks):
+    said = []
+    for engine_config in (BY_PARAMETERS, {"pipeline": {"partition": "best"}}):
+        stage = stage_of("deepspeed", pipeline=2, zero=1, engine_config=engine_config)
+        with pytest.raises(ConfigError) as caught:
+            build(stage, ranks, replace(GPT3, layers=1))
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_partition_that_hangs_is_refused():
+    """Where a stage has no block of its own, DeepSpeed's ranks wait for each other in the gradient norm."""
+    for by_parameters, best in run_ranks(refused, 2):
+        assert "stages of 0 to 1 blocks" in by_parameters
+        assert "`best`" in best
 
 
 def test_bf16_on_4_ranks():
     """bf16 keeps 8 bits: losses stay within 3e-2 of fp32's over 20 steps, norms within 5% on average."""
-    cases = {
-        "torch tp2 ddp2": (stage_of("torch", tensor=2, precision="bf16"), GPT3),
-        "torch tp2 fsdp2 sp": (stage_of("torch", tensor=2, zero=3, sequence=True, precision="bf16"), LLAMA),
-        "ds tp2 dp2 z1 sp": (stage_of("deepspeed", tensor=2, zero=1, sequence=True, precision="bf16"), LLAMA),
-        "ds tp2 dp2 z3": (stage_of("deepspeed", tensor=2, zero=3, precision="bf16"), GPT3),
-        "ds pp2 dp2 z1": (stage_of("deepspeed", pipeline=2, zero=1, precision="bf16"), GPT3),
-        "ds tp2 pp2 z1 sp": (
-            stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True, precision="bf16"),
-            LLAMA,
-        ),
-    }
-    results = run_ranks(parity, 4, cases)
-    for name, (_, model) in cases.items():
+    results = run_ranks(parity, 4, BF16)
+    for name, (_, model) in BF16.items():
         wanted, nll, _ = reference(model)
         losses, forward = results[0][name][0], torch.tensor(results[0][name][1])
         loss = max(abs(a - b) for (a, _), (b, _) in zip(losses, wanted, strict=True))
@@ -256,14 +288,6 @@ def changing(ranks, root, stages):
 def test_ramp_and_resume_with_dropout(tmp_path):
     """Losses of a batch of changing size are plain PyTorch's. A resume, and recompute, change no bit. Tensor peers
     hold the same weights to the last bit where they hold them whole, dropout or not."""
-    stages = {
-        "torch tp2 ddp2": stage_of("torch", tensor=2),
-        "torch tp2 fsdp2": stage_of("torch", tensor=2, zero=3, sequence=True),
-        "ds tp2 z3": stage_of("deepspeed", tensor=2, zero=3),
-        "ds pp2 dp2": stage_of("deepspeed", pipeline=2),
-        "ds tp2 pp2 z1 sp": stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True),
-        "ds tp2 pp2 bf16": stage_of("deepspeed", tensor=2, pipeline=2, zero=1, precision="bf16"),
-    }
     module = init_weights(GPT(GPT3), 0)
     optimizer = torch.optim.AdamW(decay_groups(module, 0.1), lr=LR, betas=(0.9, 0.95))
     wanted = []
@@ -274,8 +298,8 @@ def test_ramp_and_resume_with_dropout(tmp_path):
         wanted.append((loss.item(), torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP).item()))
         optimizer.step()
         optimizer.zero_grad()
-    results = run_ranks(changing, 4, tmp_path, stages)
-    for name, stage in stages.items():
+    results = run_ranks(changing, 4, tmp_path, CHANGING)
+    for name, stage in CHANGING.items():
         ramp, unbroken, resumed, _, recomputed, kept = results[0][name]
         tolerance = 3e-2 if stage.precision == "bf16" else 1e-5
         for (loss, norm), (wanted_loss, wanted_norm) in zip(ramp, wanted, strict=True):
