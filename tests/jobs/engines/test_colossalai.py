@@ -71,9 +71,10 @@ VARIANTS = {
     "pp2": _stage(pipeline=2, recompute="full"),
     "tp2": _stage(tensor=2, recompute="full"),
 }
-# Largest difference from the reference of the same precision, over 20 steps: loss, and norm over norm. Measured on
-# CPU, 2026-11-22: 1e-6 and 1e-6 in fp32, 2e-3 and 3e-2 in bf16, where sums are rounded in another order.
-TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (1e-2, 1e-1)}
+# Largest difference from the reference of the same precision, over 20 steps: of the loss, and of the norm over the
+# norm. Measured over all of these layouts on CPU, 2026-11-22: 9.5e-7 and 8.7e-7 in fp32; 1.7e-3 and 2.4e-2 in bf16,
+# where sums are rounded in another order.
+TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (5e-3, 7e-2)}
 
 
 def _batch(step, first, count):
@@ -196,10 +197,10 @@ def _check(tmp_path, world, cases, model, references):
             assert norm == pytest.approx(wanted_norm, rel=norm_tolerance), name
         assert seen.resumed == seen.losses[SAVED : SAVED + 2], name
         assert seen.loaded == seen.probe, name
-        assert seen.whole == pytest.approx(seen.last, abs=1e-6 if precision == "fp32" else 5e-3), name
+        assert seen.whole == pytest.approx(seen.last, abs=5e-6 if precision == "fp32" else 1e-3), name
         if before:
             mixed = "bf16" in (precision, cases[before].precision)
-            assert seen.converted == pytest.approx(of_ranks[0][before].probe, abs=2e-3 if mixed else 1e-6), name
+            assert seen.converted == pytest.approx(of_ranks[0][before].probe, abs=2e-3 if mixed else 5e-6), name
         before = name
 
 
