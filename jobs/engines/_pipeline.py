@@ -18,7 +18,9 @@ from orchestrator.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from jobs.engines import Batch
+    from jobs.engines import Batch, LossFn, Make
+    from jobs.runtime.job import Ranks
+    from orchestrator.spec import StageSpec
 
 PARTITIONS = {"uniform": "type:^block$", "parameters": "parameters"}  # as many blocks, or weights, on every rank
 
@@ -29,6 +31,18 @@ class PipelineEngine(DeepSpeedEngine):
     keys: tuple[str, ...] = ()  # of the batches under way
     shape: tuple[int, ...] = ()
     nll: torch.Tensor  # of the last micro-batch, on the last stage
+
+    def __init__(self, make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
+        super().__init__(make, stage, ranks, loss_fn)
+        if self._masters_apart:
+            # It clears the bf16 gradients once the backward pass has come to the output of the module, and with them
+            # the head's, whose part lies behind that. `_last` clears them before.
+            self.engine.optimizer.backward_prologue = lambda: None
+
+    @property
+    def _masters_apart(self) -> bool:
+        """Whether DeepSpeed sums the gradients of micro-batches in fp32, beside those that the backward pass makes."""
+        return hasattr(self.engine.optimizer, "clear_lp_grads")
 
     def _build(self, settings: dict[str, Any]) -> tuple[Any, Any]:
         import torch
@@ -88,6 +102,8 @@ class PipelineEngine(DeepSpeedEngine):
 
     def _last(self, x_BTH: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What the last stage does after its layers: the vocabulary and the loss, so that they can be fused."""
+        if self._masters_apart:
+            self.engine.optimizer.clear_lp_grads()
         labels = dict(zip(self.keys, batch, strict=True))
         nll = self.module.to_vocabulary(x_BTH, labels["targets"])
         self.nll = nll.detach()
