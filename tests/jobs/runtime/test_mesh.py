@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.runtime.mesh import place
+from jobs.runtime.mesh import peers, place
 from orchestrator.errors import TrainingError
 from orchestrator.spec import ParallelPlan
 
@@ -25,3 +25,16 @@ def test_every_rank_has_a_place_of_its_own_and_tensor_peers_are_neighbours():
 def test_a_world_that_does_not_split_is_refused():
     with pytest.raises(TrainingError, match="6 ranks do not split into tensor 2 x pipeline 2 = 4"):
         place(0, 6, ParallelPlan(tensor=2, pipeline=2))
+
+
+def test_peers_along_each_axis_are_deepspeeds(monkeypatch):
+    """The groups of DeepSpeed's own topology, which cuts layers and gradients by them."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    plan = ParallelPlan(tensor=2, pipeline=3)
+    theirs = PipeModelDataParallelTopology(num_pp=3, num_mp=2, num_dp=4)
+    for ours, axis in (("tensor", "model"), ("data", "data"), ("pipeline", "pipe")):
+        assert sorted(peers(24, plan, ours)) == sorted(theirs.get_axis_comm_lists(axis))
+    assert peers(24, plan, "tensor", "pipeline")[0] == [0, 1, 8, 9, 16, 17]
+    assert peers(24, plan, "tensor", "data", "pipeline") == [list(range(24))]
