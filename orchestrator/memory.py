@@ -215,9 +215,9 @@ def buffer_bytes(model: ModelSpec, stage: StageSpec, part: Slice, data: int) -> 
     if stage.engine == "torch":
         if p.zero == 0:
             return 0.0
-        if p.zero == 3:  # this one, the next, and the buffer it arrives in
-            return width * (3 * block + ends)
-        return width * (sharded_params(model, part, p.tensor) + block)
+        if p.zero == 3:  # this one, the next, and the buffer it arrives in; a gradient that is being reduced
+            return width * (3 * block + ends) + 4 * block
+        return width * (sharded_params(model, part, p.tensor) + 3 * block)  # with a block's gradient and its buffer
     if p.zero == 3 or p.offload == "all":
         two = 2 * max(block, model.vocab * model.hidden / p.tensor)
         kept = min(LIVE_ELEMENTS, sharded_params(model, part, p.tensor))

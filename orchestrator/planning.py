@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator import planview, show
 from orchestrator.checks import check
 from orchestrator.compose import compose
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, PlanError
 from orchestrator.plan import Estimate, estimate
 from orchestrator.plan import plan as estimates_of
 from orchestrator.registry import find
@@ -52,7 +52,11 @@ def _advise(experiment: Experiment, estimates: Sequence[Estimate], config: str, 
     for e in estimates:
         if experiment.cluster.gpu == "cpu":
             continue
-        best = layouts_of(experiment, e.stage, top=1)[0]
+        try:
+            best = layouts_of(experiment, e.stage, top=1)[0]
+        except PlanError as error:  # forced, and nothing fits
+            say(str(error))
+            continue
         gain = e.step_s / best.estimate.step_s
         if gain > 1 + e.step_band:
             say(f"the same GPUs would be {gain:.1f} times as fast with:")

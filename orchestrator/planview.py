@@ -37,15 +37,19 @@ def details(estimates: Sequence[Mapping[str, Any]]) -> None:
 
 def _end_to_end(e: Mapping[str, Any]) -> list[str]:
     jobs = f", {e['submissions']} jobs" if e["submissions"] > 1 else ""
-    energy = f", {e['energy_mwh']:,.3g} MWh" if e["energy_mwh"] else ""
-    saves = (
-        f"{e['checkpoint_gb']:,.3g} GB in {duration(e['save_s'])}, best every {e['save_every_optimal_steps']:,} steps"
-    )
+    energy = f", {_amount(e['energy_mwh'])} MWh" if e["energy_mwh"] else ""
+    took = duration(e["days_end_to_end"] * 86400)
+    size, room = _amount(e["checkpoint_gb"]), _amount(e["storage_tb"] * 1000)
+    often = f"best every {e['save_every_optimal_steps']:,} steps"
     return [
-        f"end to end {duration(e['days_end_to_end'] * 86400)}{jobs}{energy}: "
-        f"{e['interruptions']:.2g} interruptions, {e['goodput']:.1%} trains",
-        f"a checkpoint: {saves}; {e['storage_tb'] * 1000:,.3g} GB in all",
+        f"end to end {took}{jobs}{energy}: {e['interruptions']:.2g} interruptions, {e['goodput']:.1%} trains",
+        f"a checkpoint: {size} GB in {duration(e['save_s'])}, {often}; {room} GB in all",
     ]
+
+
+def _amount(x: float) -> str:
+    """Three digits, or all of them before the point."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _bars(parts: Mapping[str, float], whole: float, unit: str) -> None:
