@@ -65,6 +65,10 @@ ON_4 = {
     "tp2-pp2": _stage(tensor=2, pipeline=2),
     "tp2-interleaved": _stage(tensor=2, pipeline=2, interleave=2),
 }
+ON_8 = {
+    "tp2-pp2": _stage(tensor=2, pipeline=2),
+    "tp2-interleaved-zero1": _stage("bf16", tensor=2, pipeline=2, interleave=2, zero=1),
+}
 VARIANTS = {
     "ddp": _stage(recompute="selective"),
     "gemini": _stage("bf16", zero=3, recompute="full"),
@@ -218,6 +222,12 @@ def test_layouts_on_4_ranks(tmp_path, references):
 
 @pytest.mark.slow
 @pytest.mark.parity
+def test_layouts_on_8_ranks(tmp_path, references):
+    _check(tmp_path, 8, ON_8, MODEL, references)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
 def test_another_model_and_recompute(tmp_path, references):
     _check(tmp_path, 2, VARIANTS, LLAMA, references)
 
@@ -264,7 +274,7 @@ def test_what_does_not_compute_the_same_is_refused_at_plan_time(name):
 def test_every_rule_is_tested_and_no_proven_layout_is_refused():
     for rule in LIMITS.refused:
         assert any(rule.applies(stage) for stage, _ in REFUSED.values()), rule
-    for ranks, cases in ((2, ON_2), (4, ON_4), (2, VARIANTS)):
+    for ranks, cases in ((2, ON_2), (4, ON_4), (8, ON_8), (2, VARIANTS)):
         for name, stage in cases.items():
             assert not _problems(stage, ranks), name
 
