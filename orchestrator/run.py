@@ -196,7 +196,8 @@ class Run:
             ended.setdefault(file.stem, draft | ({key: said[key] for key in SAID} if said.get("cause") else {}))
         for name, end in ended.items():  # one that died before it had a rank 0 has only that
             begun[name] = {**end, **begun.get(name, {}), **{key: end[key] for key in ENDS}}
-        return sorted((Attempt(**value) for value in begun.values()), key=lambda a: a.started_at)
+        made = (Attempt(**value) for value in begun.values())
+        return sorted(made, key=lambda a: order(a.name))  # not by time: their nodes' clocks may differ
 
     def save_attempt(self, attempt: Attempt) -> None:
         """Replace the file of ``attempt``. Only rank 0 of that attempt may."""
