@@ -22,10 +22,12 @@ Phase = Literal["start", "step", "evaluate", "save", "work"]  # work: a stage wi
 # 94 and 95 are how the driver names memory and bus errors (docs.nvidia.com/deploy/xid-errors).
 HARDWARE = re.compile(
     r"\bECC\b|\bXid\b|GPU is lost|fallen off the bus|devices? unavailable|hardware stack error|no CUDA-capable device"
-    r"|CUDA unknown error|system not yet initialized|NVLink|ncclSystemError|unhandled system error|Bus error"
+    r"|CUDA unknown error|system not yet initialized|NVLink|Bus error"
     r"|Input/output error|Remote I/O error|Stale file handle|Transport endpoint is not connected",
     re.IGNORECASE,
 )
+# NCCL's word for a network card that fails, and for a peer that has gone; what it says beside it tells which.
+NETWORK = re.compile(r"ncclSystemError|unhandled system error", re.IGNORECASE)
 # What a rank raises because another one has gone: gloo's, NCCL's and the store's words.
 PEER = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|connection (?:was )?(?:closed|lost|aborted)"
@@ -39,7 +41,10 @@ FULL = re.compile(r"out of memory|can't allocate memory|cannot allocate memory",
 EXIT = re.compile(r"srun: error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
 NODE_FAILURE = re.compile(r"srun: error: Node failure on (?P<node>\S+)")
 ENDING = re.compile(r"srun: .*(?:Terminating StepId|Job step aborted|forcing job termination)")
-VANISHED = ("Killed", "Bus error", "Segmentation fault", "Illegal instruction", "Terminated", "Hangup")
+VANISHED = ("Killed", "Bus error", "Segmentation fault", "Illegal instruction", "Hangup")
+
+
+LOADED = 3  # while it loads or saves, a rank may be silent for this part of what the phase may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,7 @@ class Patience:
     step_s: float = 300  # and at least this long
     start_s: float = 3600  # from the ranks' start to the end of the first step: imports, loading, compiling
     save_s: float = 1800  # for a checkpoint; ten times what the plan expects, where that is more
-    silent_s: float = 300  # a rank without a sign of life, while others give theirs and no step ends
+    silent_s: float = 300  # a rank without a sign of life, while others give theirs and no step ends; see LOADED
     beat_s: float = 10  # between two signs of life
     attempts: int = 3  # in a row that bring no new checkpoint, and the run stops
 
@@ -114,8 +119,15 @@ class Watch:
         return self._name(behind, f"no progress for {idle_s:.0f} s, where {limit_s:.0f} s are allowed")
 
     def _silence_s(self, rank: int) -> float:
-        """A rank that was never heard of may still be loading Python from a slow disk."""
-        return self.patience.silent_s if rank in self._last else self.patience.start_s
+        """How long ``rank`` may say nothing. One that was never heard of may still be loading Python.
+
+        While all load or save, the file system that its signs go to is at its slowest, and a library being loaded
+        holds Python's lock.
+        """
+        p, last = self.patience, self._last.get(rank)
+        if last is None:
+            return p.start_s
+        return max(p.silent_s, {"start": p.start_s, "save": p.save_s}.get(last.phase, 0.0) / LOADED)
 
     def _limit_s(self, *, everyone_silent: bool) -> float:
         p, signs = self.patience, self._last.values()
@@ -169,7 +181,9 @@ def kind(failure: Mapping[str, Any]) -> Kind:
         return "user"
     if HARDWARE.search(message):
         return "hardware"
-    return "peer" if types & PEER_TYPES or PEER.search(message) else "user"
+    if types & PEER_TYPES or PEER.search(message):
+        return "peer"
+    return "hardware" if NETWORK.search(message) else "user"
 
 
 def by_blame(failures: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -305,6 +319,14 @@ def _machine(e: Evidence, failures: Sequence[Mapping[str, Any]]) -> Decision:  #
         return Decision(cause="lost", next="requeue", note=f"node failure: {', '.join(nodes)}", nodes=tuple(nodes))
     wordless = [x for x in left if not {*x.ranks} & {int(f["rank"]) for f in failures}]
     for x in wordless:
+        if x.how.startswith("Terminated"):  # before it had a handler; with one it would have noted the same
+            making_room = e.preempting
+            return Decision(
+                cause="preempted" if making_room else "cancelled",
+                next="requeue" if making_room else "stop",
+                note=f"{_ranks(x.ranks)} on {x.node}: told to leave before it could save",
+                ranks=x.ranks,
+            )
         if x.how.startswith(VANISHED):
             perhaps = "; by the kernel, for want of memory? its log on the node says so" * (x.how == "Killed")
             return _blame("lost", x.ranks, f"left without a word: {x.how}{perhaps}", e)

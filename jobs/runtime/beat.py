@@ -15,6 +15,7 @@ import statistics
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from jobs.runtime.job import Ranks
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PERIOD = "ORCH_BEAT_S"  # set by the warden; where it is not, nobody looks
 RECENT = 21  # steps, of which the median counts
+SIZE = 512  # bytes of a sign, blanks at its end
 
 
 class Beat:
@@ -64,7 +66,10 @@ class Beat:
             time.sleep(self._every_s)
 
     def _write(self) -> None:
-        """Opened each time, so that NFS shows it elsewhere (close-to-open); no fsync: it is for the living."""
+        """Opened each time, so that NFS shows it elsewhere (close-to-open); no fsync: it is for the living.
+
+        Written over the one before, in place: so it needs no room on a disk that is full, where training goes on.
+        """
         self._beats += 1
         sign = Sign(
             rank=self._rank,
@@ -75,7 +80,11 @@ class Beat:
             beats=self._beats,
             step_s=statistics.median(self._steps_s) if self._steps_s else 0.0,
         )
-        self._file.write_text(json.dumps(vars(sign)))
+        fd = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.pwrite(fd, json.dumps(vars(sign)).encode().ljust(SIZE), 0)
+        finally:
+            os.close(fd)
 
 
 def beats(run: Run) -> Path:
@@ -90,11 +99,10 @@ def start(run: Run, attempt: str, ranks: Ranks) -> Beat | None:
 
 
 def read(run: Run, attempt: str) -> list[Sign]:
-    """The signs of all ranks of ``attempt``; one that is just being written is left out."""
+    """The signs of all ranks of ``attempt``; one that cannot be read, or is just being written, is left out."""
     signs = []
-    for file in beats(run).glob(f"{attempt}-*.json"):
-        try:
-            signs.append(Sign(**json.loads(file.read_text())))
-        except (OSError, ValueError, TypeError):
-            continue
+    with suppress(OSError):  # of the folder
+        for file in beats(run).glob(f"{attempt}-*.json"):
+            with suppress(OSError, ValueError, TypeError):
+                signs.append(Sign(**json.loads(file.read_text())))
     return signs

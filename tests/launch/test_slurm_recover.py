@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slurm
 
 AT_A_TIME = 3
 # Short, but longer than a rank of a busy machine stands still.
-SHORT = [f"cluster.slurm.patience.{key}={value}" for key, value in {"step_s": 40, "silent_s": 30, "beat_s": 1}.items()]
+PATIENCE = {"step_s": 40, "silent_s": 30, "save_s": 90, "beat_s": 1}
+SHORT = [f"cluster.slurm.patience.{key}={value}" for key, value in PATIENCE.items()]
 # A user's mistake in the run's own code, which hurts one rank.
 BUG = """
 def mean_loss(nll_BT, batch):

@@ -14,6 +14,7 @@ KILLED = (
     "srun: launch/slurm: _step_signal: Terminating StepId=5.0",
     "srun: error: node1: task 0: Killed",
 )
+TERMINATED = ("srun: error: node2: task 1: Terminated", *KILLED[1:])
 BUS = ("srun: error: node2: task 1: Bus error", *KILLED[1:])
 RAISED = ("srun: error: node2: task 1: Exited with exit code 1", *KILLED[1:])
 FULL = ("slurmstepd: error: Detected 1 oom_kill event in StepId=5.0.", "srun: error: node2: task 1: Out Of Memory")
@@ -23,6 +24,7 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed b
 WATCHDOG = "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600000"
 ECC = "CUDA error: uncorrectable ECC error encountered"
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled system error, NCCL version 2.21.5"
+NCCL_PEER = f"{NCCL}\nncclSystemError: Last error:\nsocketProgress: Connection closed by remote peer"
 CUDA_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
@@ -65,6 +67,14 @@ TABLE = {
     "host is full": (replace(SEEN, said=FULL), "error", "stop", (), "rank 1 on node2: killed for using more memory"),
     "ECC": (replace(SEEN, failures=[PEER, failure(1, "CudaError", ECC)]), "hardware", "requeue", ("node2",), "ECC"),
     "NCCL": (replace(SEEN, failures=[failure(0, "DistBackendError", NCCL)]), "hardware", "requeue", ("node1",), "NCCL"),
+    "NCCL's peer has gone": (
+        replace(SEEN, failures=[failure(0, "DistBackendError", NCCL_PEER)], said=KILLED),
+        "lost", "requeue", ("node2",), "rank 1 on node2",
+    ),
+    "told before it had a handler": (
+        replace(SEEN, said=TERMINATED, failures=[PEER]), "cancelled", "stop", (), "rank 1 on node2: told to leave",
+    ),
+    "the same, to make room": (replace(SEEN, said=TERMINATED, preempting=True), "preempted", "requeue", (), "told"),
     "disk": (
         replace(SEEN, failures=[failure(1, "OSError", "[Errno 5] Input/output error: 'x'")]),
         "hardware", "requeue", ("node2",), "Input/output",
@@ -176,6 +186,16 @@ def test_a_silent_rank_is_named():
     after, found = world.pass_(1000)
     assert 45 < after <= 60 and (found.ranks, found.nodes) == ((2,), ("node1",))
     assert "after step 20" in found.why and "rank 2 on node1" in found.why
+
+
+@pytest.mark.parametrize(("phase", "silent_s"), [("start", 600 / 3), ("save", 300 / 3)])
+def test_a_rank_that_loads_or_saves_may_be_silent_for_longer(phase, silent_s):
+    """The file system its signs go to is at its slowest then."""
+    world = World()
+    world.pass_(10, progress=range(4), phase=phase, step_s=5.0)
+    world.frozen = {2}
+    after, found = world.pass_(1000)
+    assert silent_s < after <= silent_s + 10 and found.ranks == (2,)
 
 
 def test_a_silent_rank_while_steps_go_on_is_let_be():

@@ -80,6 +80,27 @@ def test_a_sign_that_is_just_being_written_is_passed_over(run):
     assert beat.read(run, "1") == []
 
 
+def test_a_sign_is_written_over_the_one_before(run, monkeypatch):
+    """In place, and never longer: where the disk is full there is no room for another."""
+    monkeypatch.setenv(beat.PERIOD, "600")
+    signs = beat.start(run, "1", Ranks(rank=3, world=4))
+    file = beat.beats(run) / "1-3.json"
+    until(lambda: beat.read(run, "1"))
+    before = file.stat()
+    signs.mark("save", 1_000_000)
+    signs._write()
+    after = file.stat()
+    assert (after.st_ino, after.st_size, after.st_blocks) == (before.st_ino, before.st_size, before.st_blocks)
+    assert [(s.rank, s.phase, s.step) for s in beat.read(run, "1")] == [(3, "save", 1_000_000)]
+
+
+def test_attempts_are_in_order_whatever_the_clocks_of_their_nodes_say(run):
+    (run.folder / "attempts").mkdir()
+    for name, at in (("1", 900.0), ("1r9", 800.0), ("1r10", 700.0), ("2", 600.0)):
+        run.save_attempt(Attempt(name=name, job_id="7", world=1, host="n", started_at=at))
+    assert [a.name for a in run.attempts()] == ["1", "1r9", "1r10", "2"]
+
+
 def test_ends_count_over_what_rank_0_said(run):
     (run.folder / "attempts").mkdir()
     said = Attempt(name="1", job_id="7", world=2, host="node1", started_at=1.0, from_step=9, checkpoint_step=18)
