@@ -68,8 +68,8 @@ def is_current(run: Run, attempt: str) -> bool:
 
     Only then may it commit. Read from disk: after a network partition the one that was replaced may be alive still.
     """
-
-    if (run.folder / "ends" / f"{attempt}.json").exists():
+    closed = {file.stem for file in (run.folder / "ends").glob("*.json")}  # listed: NFS remembers what was not there
+    if attempt in closed:
         return False
     on_disk = Run.load(run.folder)
     submitted = [(s.number, 0) for s in on_disk.submissions[-1:]]

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from jobs.runtime import beat
 from jobs.runtime.faults import attempt_name, is_current
@@ -37,11 +39,20 @@ from orchestrator.run import Attempt, Run
 
 log = logging.getLogger("warden")
 
-COMMAND_S = 60  # for one Slurm command; a controller that restarts answers within this
+COMMAND_S = 60  # for one Slurm command
+AWAY_S = 600.0  # for a controller that is being restarted or upgraded; commands give up on it after some seconds
+AWAY_POLL_S = 5.0
+AWAY = re.compile(r"contact|connect|timed out|transmitted|standby", re.IGNORECASE)  # what its commands say then
+KNOWN_S = 60.0  # for a new run.json to be seen from here; NFS may show the old one as long (acdirmax)
 POLL_S = 0.25
 STALL_S = 10.0  # longer this process does not stand still by itself
 STACKS_S = 3.0  # for the ranks to write where they hang
 KILLED_S = 90.0  # for Slurm to kill them; a process that hangs in the kernel may resist
+# JobState of a job that Slurm ends or has ended (man squeue); others, such as SIGNALING or STOPPED, say no such thing.
+OVER = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
+    | {"PREEMPTED", "REVOKED", "TIMEOUT"}
+)
 FAREWELL_S = 60.0  # for the forwarder, which gives up by itself 15 s after it has read the last line
 
 
@@ -53,7 +64,7 @@ class Warden:
         self.job_id = os.environ["SLURM_JOB_ID"]
         self.name = attempt_name(run)
         self.world = int(os.environ["SLURM_JOB_NUM_NODES"]) * int(os.environ["SLURM_NTASKS_PER_NODE"])
-        self.told = False
+        self.told = 0  # times: a job that is preempted hears it when its grace begins, and when it is over
         self.said: list[str] = []  # by srun, line by line
         self._forwarder: track.Forwarder | None = None
         self._began = time.time()
@@ -62,7 +73,7 @@ class Warden:
             signal.signal(number, signal.SIG_IGN)
 
     def _tell(self, *_: object) -> None:
-        self.told = True
+        self.told += 1
 
     def guard(self, command: Sequence[str]) -> int:
         """Run the ranks by ``command``; return the exit status of the job."""
@@ -72,11 +83,17 @@ class Warden:
             self._save_end(cause="fruitless", next="stop", note=recover.fruitless_note(count))
             return 1
         self._forwarder = track.start_forwarder(self.run)
-        frozen, status = self._run(command)
-        if not is_current(self.run, self.name):
-            log.warning("a newer attempt has taken over: nothing is done")
-            return 1
-        return self._act(recover.decide(self._evidence(frozen, status)))
+        try:
+            frozen, status = self._run(command)
+            if not is_current(self.run, self.name):
+                log.warning("a newer attempt has taken over: nothing is done")
+                return 1
+            decision = recover.decide(self._evidence(frozen, status, wait_s=AWAY_S))
+        except Exception as error:  # a disk, a word of Slurm's: many GPUs do not stop for it
+            log.exception("the warden failed")
+            following: Literal["requeue", "stop"] = "stop" if self.told else "requeue"  # else Slurm has decided
+            decision = Decision(cause="lost", next=following, note=f"the warden failed: {error!r}")
+        return self._act(decision)
 
     # Before
 
@@ -123,15 +140,16 @@ class Warden:
         reader = threading.Thread(target=self._listen, args=[srun], daemon=True)
         reader.start()
         watch = recover.Watch(self.world, self.patience, now=0.0)
-        frozen, look_at, drafted = None, 0.0, False
+        frozen, look_at, heeded = None, 0.0, 0
         watched, last = 0.0, time.monotonic()  # a clock that stands still when this process does: `scontrol suspend`
         while srun.poll() is None:
             time.sleep(POLL_S)
             now = time.monotonic()
             watched, last = watched + min(now - last, STALL_S), now
-            if self.told and not drafted:
-                self._write_draft()
-                drafted = True
+            if self.told > heeded:
+                heeded = self.told
+                with suppress(OSError):  # of the disk; then the next start finds no word
+                    self._write_draft()
             if watched >= look_at and not frozen:
                 look_at = watched + self.patience.beat_s / 2
                 frozen = watch.see(beat.read(self.run, self.name), now=watched)
@@ -174,19 +192,20 @@ class Warden:
 
     # After
 
-    def _evidence(self, frozen: Frozen | None, status: int) -> Evidence:
-        record, job = self._mine()[-1], self._job()
+    def _evidence(self, frozen: Frozen | None, status: int, wait_s: float = 0.0) -> Evidence:
+        record = self._mine()[-1]
+        job = self._job(0.0 if record.cause == "done" else wait_s)
         node_of = {sign.rank: sign.node for sign in beat.read(self.run, self.name)}
         left = recover.exits(self.said)
         node_of |= {x.ranks[0]: x.node for x in left if len(x.ranks) == 1 and x.ranks[0] not in node_of}
-        over = job["JobState"] not in ("RUNNING", "SUSPENDED") if job else self.told
-        limit_s = _seconds(job.get("TimeLimit", ""))
+        over = job["JobState"] in OVER if job else self.told
+        limit_s, ran_s = _seconds(job.get("TimeLimit", "")), _seconds(job.get("RunTime", ""))
         return Evidence(
             world=self.world,
             noted=record.cause,
             note=record.note,
             told="requeued" if _requeued(job) else "over" if over else "",
-            time_is_up=limit_s is not None and time.time() - self._began >= limit_s - 2,
+            time_is_up=limit_s is not None and ran_s is not None and ran_s >= limit_s - 2,
             preempting=job.get("PreemptTime", "None") not in ("None", "Unknown"),
             frozen=frozen,
             failures=self.run.failures(self.name),
@@ -212,18 +231,19 @@ class Warden:
                         return said[-1].strip()
         return ""
 
-    def _job(self) -> dict[str, str]:
+    def _job(self, wait_s: float = 0.0) -> dict[str, str]:
         """What Slurm says of the job, by its own keys; nothing where it does not answer."""
-        status, said = _slurm("scontrol", "show", "job", self.job_id)
+        status, said = _slurm("scontrol", "show", "job", self.job_id, wait_s=wait_s)
         pairs = (word.partition("=") for word in said.split()) if status == 0 else ()
         return {key: value for key, _, value in reversed([*pairs])}  # of two, the first
 
     def _act(self, decision: Decision) -> int:
         """Do what was decided; return the exit status of the job."""
         log.info("%s, %s: %s", decision.cause, decision.next, decision.note)
-        job, note, excluded = self._job(), decision.note, self._excluded()
+        note, excluded = decision.note, self._excluded()
+        job = self._job(AWAY_S) if decision.next == "requeue" else {}
         avoid = [node for node in decision.nodes if node not in excluded]
-        if avoid and decision.next == "requeue":
+        if avoid and job:  # without Slurm's word, those excluded so far are not known
             listed = job.get("ExcNodeList", "(null)").replace("(null)", "")
             avoid_all = ",".join(filter(None, [listed, *avoid]))
             if problem := self._needs(avoid_all):
@@ -238,7 +258,7 @@ class Warden:
                     self._forwarder.wait(FAREWELL_S)
             return 0 if decision.cause == "done" else 1
 
-        status, said = (0, "") if _requeued(job) else _slurm("scontrol", "requeue", self.job_id)
+        status, said = (0, "") if _requeued(job) else _slurm("scontrol", "requeue", self.job_id, wait_s=AWAY_S)
         if status and not _requeued(self._job()):
             self._save_end(**end, next="stop", note=f"{note}; not requeued: {said}", excluded=excluded)
             return 1
@@ -273,8 +293,18 @@ def _requeued(job: Mapping[str, str]) -> bool:
     return int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _slurm(*command: str) -> tuple[int, str]:
-    """Exit status and words of a Slurm command. SIGTERM, which Slurm sends to all processes here, does not end it."""
+def _slurm(*command: str, wait_s: float = 0.0) -> tuple[int, str]:
+    """Exit status and words of a Slurm command; asked again while the controller is away, for ``wait_s`` seconds."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        status, said = _call(command)
+        if status == 0 or not AWAY.search(said) or time.monotonic() >= deadline:
+            return status, said
+        time.sleep(AWAY_POLL_S)
+
+
+def _call(command: Sequence[str]) -> tuple[int, str]:
+    """SIGTERM, which Slurm sends to all processes here, does not end it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # inherited
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
@@ -301,15 +331,32 @@ def _seconds(text: str) -> int | None:
     return int(days or 0) * 86400 + seconds
 
 
+def _known(folder: Path, job_id: str) -> Run:
+    """The run in ``folder``, whose newest submission is this job's.
+
+    Ranks of another job, such as one that was requeued by hand after its run was resumed, would take the name of the
+    newer one's attempts, and so pass the fence. Raises SystemExit for it.
+    """
+    deadline = time.monotonic() + KNOWN_S
+    while True:
+        run = Run.load(folder)
+        newest = run.submissions[-1].job_id if run.submissions else ""
+        if newest == job_id:
+            return run
+        if time.monotonic() >= deadline:
+            sys.exit(f"job {job_id} leaves: the run in `{folder}` is job {newest or 'nobody'}'s by now")
+        time.sleep(1)
+
+
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, and guard what it says."""
     split = argv.index("--")
     parser = argparse.ArgumentParser(prog="python -m jobs.runtime.warden", description=__doc__)
     parser.add_argument("folder", type=Path)
     for f in dataclasses.fields(Patience):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=float, default=f.default)
     given = vars(parser.parse_args(argv[:split]))
-    run = Run.load(given.pop("folder").resolve())
+    run = _known(given.pop("folder").resolve(), os.environ["SLURM_JOB_ID"])
     (run.folder / "logs").mkdir(exist_ok=True)
     handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(run.folder / "logs" / "warden.log")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
