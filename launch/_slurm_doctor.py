@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ from orchestrator.spec import Experiment
 OLDEST = (22, 5)  # the version of the tests; srun takes its CPUs otherwise before
 CRED_EXPIRE_S = 120  # AuthInfo's default: what a requeued job waits at least
 LONG_S = 300
+NONE = ("preempt/none", "(null)", "")  # the second since 23.11, which has no such plug-in any more
 ASK_S = 20
 
 ADVICE: dict[str, tuple[Level, str]] = {
@@ -112,10 +114,10 @@ def _finding(check: str, found: str, code: str = "", **words: str) -> Finding:
 
 
 def _settings() -> dict[str, str]:
-    """slurm.conf as the controller has it."""
+    """slurm.conf as the controller has it; empty for what this version does not have."""
     said = queue.call("scontrol", "show", "config", within_s=ASK_S)
     pairs = (line.split("=", 1) for line in said.splitlines() if "=" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
+    return defaultdict(str, {key.strip(): value.strip() for key, value in pairs})
 
 
 def _partitions() -> dict[str, dict[str, str]]:
@@ -134,7 +136,7 @@ def _estimates(experiment: Experiment | None) -> list[dict[str, Any]] | None:
 
 def _preemption(settings: dict[str, str], name: str, partition: dict[str, str], save_s: float) -> Iterator[Finding]:
     mode = partition.get("PreemptMode", settings["PreemptMode"])
-    if settings["PreemptType"] == "preempt/none" or mode == "OFF":
+    if settings["PreemptType"] in NONE or mode == "OFF":
         yield _finding("preemption", f"no job of partition `{name}` is preempted")
         return
     grace = partition.get("GraceTime", "0")

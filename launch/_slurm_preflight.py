@@ -175,7 +175,8 @@ def _usable(partition: str) -> set[str]:
     """Nodes of ``partition`` that a job may get, now or when others have left."""
     said = queue.call("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T")
     rows = (line.split("|") for line in said.splitlines())
-    return {name for name, state in rows if state.rstrip("+-~#!%$@^") in USABLE}  # `*`: does not respond
+    usable = USABLE | ({"reserved"} if os.environ.get("SLURM_JOB_RESERVATION") else set())
+    return {name for name, state in rows if state.rstrip("+-~#!%$@^") in usable}  # `*`: does not respond
 
 
 def _excluded(jobs: Iterable[str]) -> set[str]:

@@ -23,6 +23,8 @@ ACCOUNTING_S = 5
 ASK_EVERY_S = 5.0  # one `squeue` serves all that is asked within it
 CLOCK_S = 5.0  # by which the clocks of nodes and controller may differ
 NEVER_S = 360 * 86400.0  # Slurm expects a job without a time limit to end after a year
+# The user's own of these would change what is asked, SBATCH_* even over what the script says.
+HABITS = ("SQUEUE_", "SACCT_", "SBATCH_", "SCANCEL_", "SINFO_", "SCONTROL_")
 # Job states that do not change any more (man squeue).
 OVER = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -54,6 +56,7 @@ REASONS = {
     "QOSMaxJobsPerUserLimit": "you run as many jobs as your QOS allows you",
     "AssocGrpGRES": "its account has all the GPUs it may",
     "AssocGrpGRESMinutes": "its account has used up its GPU hours",
+    "launch_failed_requeued_held": "held: a node could not start it; `scontrol release` lets it go",
     "ReqNodeNotAvail": "a node it asks for is down, drained or reserved",
     "Reservation": "its reservation has not begun",
     "Resources": "its nodes are busy",
@@ -124,8 +127,7 @@ def ended(run: Run) -> dict[str, Ended]:
 
 def call(*command: str, within_s: float = COMMAND_S) -> str:
     """The output of a Slurm command, times in seconds since the epoch. Raises LaunchError where there is none."""
-    # The user's own SQUEUE_STATES, SACCT_FORMAT and such would change what is asked.
-    base = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_"))}
+    base = {k: v for k, v in os.environ.items() if not k.startswith(HABITS)}
     try:
         done = subprocess.run(
             command,
@@ -163,7 +165,7 @@ def _seen(state: str, start: str, nodes: str, reason: str, *, now: float) -> See
 
 def why(reason: str) -> str:
     """Slurm's word for why a job waits in ours; of limits that are not listed, whose they are."""
-    word = reason.partition(",")[0].strip("() ")  # ReqNodeNotAvail, UnavailableNodes:node3
+    word = reason.partition(",")[0].strip("() ").replace(" ", "_")  # ReqNodeNotAvail, UnavailableNodes:node3
     whose = {"QOS": "a limit of its QOS", "Assoc": "a limit of its account", "Max": "a limit of its account"}
     return REASONS.get(word) or next((text for start, text in whose.items() if word.startswith(start)), "")
 

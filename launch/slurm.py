@@ -115,7 +115,7 @@ def cancel(run: Run, *, now: bool = False) -> None:
     job_id, number = run.submissions[-1].job_id, str(run.submissions[-1].number)
     begun = [a for a in run.attempts() if a.name.partition("r")[0] == number]
     if queue.state(run) == "RUNNING" and begun and not now:
-        time.sleep(max(0.0, begun[-1].started_at + SETTLE_S - time.time()))
+        time.sleep(min(SETTLE_S, max(0.0, begun[-1].started_at + SETTLE_S - time.time())))  # clocks may differ
         queue.call("scancel", "--signal=TERM", job_id)  # to all tasks; srun and the script stay
     else:
         queue.call("scancel", job_id)
@@ -144,7 +144,9 @@ def _sbatch(run: Run, number: int, behind: str | None) -> str:
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
             after = [f"--dependency=afterok:{behind}", "--kill-on-invalid-dep=yes"] if behind else []
-            return ["timeout", str(queue.COMMAND_S), "sbatch", "--hold", *after, str(submission_file_path)]
+            others = (f"--unset={name}" for name in os.environ if name.startswith(queue.HABITS))
+            bounded = ["env", *others, "timeout", str(queue.COMMAND_S)]
+            return [*bounded, "sbatch", "--hold", *after, str(submission_file_path)]
 
     executor = Executor(folder)
     executor.update_parameters(**parameters(run, experiment, os.environ))

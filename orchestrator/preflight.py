@@ -1,5 +1,6 @@
 """Wait for what a preflight or a rehearsal finds, and show it. Any shell can: all is in the folder."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,15 +31,15 @@ def await_report(folder: Path) -> dict[str, Any]:
     from launch import _slurm_queue as queue
     from orchestrator.show import err
 
-    request, told_at = read_json(folder / "request.json"), 0.0
+    request, told_at, asked_at, over = read_json(folder / "request.json"), 0.0, -math.inf, False
     one = request["what"]
     wanted = request["nodes"] * (request["per_node"] if one == "rank" else 1)
     with err().status("") as line:
         while True:
-            over = queue.job_state(request["job"]) in {"", *queue.OVER}  # asked before the look, so that none is missed
-            report = read_json(folder / "report.json")
-            if report is not None:
-                return dict(report)
+            if time.monotonic() > asked_at + queue.ASK_EVERY_S:  # before the look, so that none is missed
+                over, asked_at = queue.job_state(request["job"]) in {"", *queue.OVER}, time.monotonic()
+            if "report.json" in [f.name for f in folder.iterdir()]:  # listed: NFS may remember that there was none
+                return dict(read_json(folder / "report.json"))
             if over:
                 logs = ", ".join(f"`{p}`" for p in folder.glob("*_log.out")) or f"no log in `{folder}`"
                 raise LaunchError(
