@@ -55,8 +55,8 @@ class PipelineEngine(DeepSpeedEngine):
                 f"`engine_config.pipeline.partition` is `{partition}`", hint="it may be `uniform` or `parameters`"
             )
         pipe = _pipeline_module(self.module, topology(self.place), PARTITIONS[partition], self._last)
-        is_block = [layer in set(self.module.blocks) for layer in self.module.body()]
-        blocks = [sum(is_block[start:stop]) for start, stop in pairwise(pipe.parts)]
+        all_blocks, body = set(self.module.blocks), self.module.body()
+        blocks = [len(all_blocks.intersection(body[start:stop])) for start, stop in pairwise(pipe.parts)]
         if min(blocks) == 0:  # its ranks would wait for each other in DeepSpeed's gradient norm
             raise ConfigError(
                 f"`engine_config.pipeline.partition` `{partition}` makes stages of 0 to {max(blocks)} blocks",

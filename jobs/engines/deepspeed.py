@@ -1,4 +1,5 @@
-"""DeepSpeed: ZeRO 0-3 with CPU offload (Rajbhandari et al. 2020, arXiv:1910.02054; arXiv:2101.06840).
+"""DeepSpeed: ZeRO 0-3 with CPU offload (Rajbhandari et al. 2020, arXiv:1910.02054; arXiv:2101.06840), over the layers
+of jobs/nn/parallel.py where tensor ranks share them. Its pipelines: _pipeline.py.
 
 The optimizer is torch's AdamW, handed over by us: DeepSpeed's own would compile for minutes and differ
 from the torch engine's in the last bits. Checkpoints are pieces of its fp32 weights and moments, in the format

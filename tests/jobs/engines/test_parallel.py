@@ -197,15 +197,15 @@ def check(results, cases, tolerance):
 
 
 def test_fp32_on_2_ranks():
-    check(run_ranks(parity, 2, ON_2), ON_2, 1e-5)
+    check(run_ranks(parity, 2, ON_2, timeout_s=900), ON_2, 1e-5)
 
 
 def test_fp32_on_4_ranks():
-    check(run_ranks(parity, 4, ON_4), ON_4, 1e-5)
+    check(run_ranks(parity, 4, ON_4, timeout_s=900), ON_4, 1e-5)
 
 
 def test_fp32_on_8_ranks():
-    check(run_ranks(parity, 8, ON_8), ON_8, 1e-5)
+    check(run_ranks(parity, 8, ON_8, timeout_s=900), ON_8, 1e-5)
 
 
 def refused(ranks):
@@ -226,15 +226,15 @@ def test_a_partition_that_hangs_is_refused():
 
 
 def test_bf16_on_4_ranks():
-    """bf16 keeps 8 bits: losses stay within 3e-2 of fp32's over 20 steps, norms within 5% on average."""
-    results = run_ranks(parity, 4, BF16)
+    """bf16 keeps 8 bits: losses stay within 3e-2 of fp32's over 20 steps, norms within 3% on average."""
+    results = run_ranks(parity, 4, BF16, timeout_s=900)
     for name, (_, model) in BF16.items():
         wanted, nll, _ = reference(model)
         losses, forward = results[0][name][0], torch.tensor(results[0][name][1])
         loss = max(abs(a - b) for (a, _), (b, _) in zip(losses, wanted, strict=True))
         norm = sum(a / b - 1 for (_, a), (_, b) in zip(losses, wanted, strict=True)) / STEPS  # each: up to 0.13 off
         print(f"{name:28} loss {loss:.1e} norm {norm:+.1e} forward {(forward - nll).abs().max():.1e}")
-        assert 1e-5 < loss < 3e-2 and abs(norm) < 0.05, name
+        assert 1e-5 < loss < 3e-2 and abs(norm) < 0.03, name
         assert all(r[name][0] == losses for r in results), name
 
 
@@ -298,7 +298,7 @@ def test_ramp_and_resume_with_dropout(tmp_path):
         wanted.append((loss.item(), torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP).item()))
         optimizer.step()
         optimizer.zero_grad()
-    results = run_ranks(changing, 4, tmp_path, CHANGING)
+    results = run_ranks(changing, 4, tmp_path, CHANGING, timeout_s=900)
     for name, stage in CHANGING.items():
         ramp, unbroken, resumed, _, recomputed, kept = results[0][name]
         tolerance = 3e-2 if stage.precision == "bf16" else 1e-5
