@@ -400,7 +400,7 @@ def resume(root: Path, run: str, overrides: Sequence[str], force: bool, detach: 
 @click.option("--layout", "layouts", multiple=True, metavar="KEY=VALUE,...", help="Of `parallel`; may be given again.")
 @click.option("--stage", metavar="NAME", help="Which stage. Default: the first that trains.")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps of each.")
-@click.option("--tolerance", type=float, metavar="NATS", help="Of the loss. Default: 1e-4 in fp32, 5e-2 in bf16.")
+@click.option("--tolerance", type=float, metavar="NATS", help="Of the loss. Default: 1e-4 in fp32, 3e-2 in bf16.")
 @click.option("--to", "folder", type=click.Path(file_okay=False, path_type=Path), help="New folder of runs and curves.")
 @JSON
 @click.pass_obj

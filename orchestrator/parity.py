@@ -22,9 +22,9 @@ from orchestrator.submit import alive, cancel, select, state, submit
 
 log = logging.getLogger(__name__)
 
-# How far losses may be apart, in nats, and gradient norms, relatively. Twenty times and more what was measured over
-# 20 steps on CPUs (docs/engines.md): 1e-6 and 1e-6 in fp32; 8e-3 and 5e-2 in bf16, which rounds to 8 bits.
-TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (5e-2, 3e-1)}
+# How far losses may be apart, in nats, and gradient norms, relatively: in bf16, which rounds to 8 bits, what
+# tests/jobs/engines/test_parallel.py holds over 20 steps; in fp32 a hundred times what was measured (docs/engines.md).
+TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 1e-1)}
 WARMUP = 2  # steps whose speed does not count
 POLL_S = 0.3
 

@@ -195,13 +195,37 @@ def test_asked_to_stop(place):
     assert curve(run) == whole(place, "ddp")
 
 
+def test_a_run_goes_on_in_another_layout(place):
+    """torch DDP, stopped; DeepSpeed ZeRO-3, stopped; a pipeline to the end: the losses of the run nobody stopped."""
+    plain = "model.dropout=0"  # each layout draws other random numbers
+    submit(place, "unmoved", "ddp", plain)
+    submit(place, "moved", "ddp", plain, "--detach")
+    run = open_run(place, "moved")
+    for steps, layout in ((5, "engine=deepspeed zero=3"), (15, "engine=deepspeed zero=1 pipeline=2")):
+        wait(lambda steps=steps: max(run.metrics(), default=0) >= steps, f"step {steps}")
+        orch(place, "cancel", run.name)
+        wait(lambda: state(place, run) == "stopped", "the stop")
+        engine, *parallel = layout.split()
+        words = [f"stages.pretrain.{engine}", *(f"stages.pretrain.parallel.{word}" for word in parallel)]
+        said = orch(place, "resume", run.name, *words, *(["--detach"] if steps == 5 else []))
+        assert "continues from step" in said and "converts to deepspeed" in said
+    moved, unmoved = curve(run), curve(open_run(place, "unmoved"))
+    assert sorted(moved) == list(range(1, STEPS + 1))
+    for step, line in unmoved.items():
+        for key, value in line.items():
+            assert moved[step][key] == (value if value is None else pytest.approx(value, abs=2e-4)), (step, key)
+    log = (run.folder / "logs" / "3-0.log").read_text()
+    assert "saved by deepspeed ZeRO-3 on 2 ranks in fp32, converted to deepspeed ZeRO-1, pipeline 2, on 2 ranks" in log
+    assert run.spec().stages["pretrain"].parallel.pipeline == 2
+
+
 def test_a_damaged_checkpoint_is_passed_over(place):
     submit(place, "damaged", "zero1", "--detach")
     run = open_run(place, "damaged")
     wait(lambda: max(run.metrics(), default=0) >= 20, "step 20")
     orch(place, "cancel", run.name, "--now")
     newest = max((run.folder / "checkpoints").glob("step-*/MANIFEST.json")).parent
-    shard = max(newest.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    shard = max(newest.glob("pieces-*.safetensors"), key=lambda p: p.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 STATE_BYTES_PER_PARAM = 12  # fp32 weights and AdamW's two moments
 PROBE_SAMPLES = 4
-# How far the loss on the probe may move where engine or layout change: twenty times what was measured over all of
-# them (tests/jobs/engines/test_layouts.py, CPU, 2026-11-22: 1e-6 in fp32, 1e-3 in bf16, whose roundings differ).
+# How far the loss on the probe may move where engine or layout change. Measured over all of them, tiny models on a
+# CPU (tests/jobs/engines/test_layouts.py, 2026-11-22): 6e-8 in fp32, 2e-4 in bf16, where engines round in other places.
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 

@@ -209,4 +209,4 @@ def test_bf16_through_every_layout(tmp_path):
     """Masters and moments are fp32 everywhere and go through unchanged; what is computed with them is rounded."""
     seen = travel(tmp_path, BF16)
     wanted = run_ranks(unbroken, 1, stage_of("torch", precision="bf16"), HOP * len(seen))[0]
-    assert compare(seen, wanted, 3e-2) < PROBE_TOLERANCE["bf16"] / 2
+    assert compare(seen, wanted, 3e-3) < PROBE_TOLERANCE["bf16"] / 10  # a lost gradient of the head came to 1e-3, 0.3

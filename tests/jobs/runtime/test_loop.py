@@ -1,5 +1,6 @@
 """The training loop around a real engine, on one rank: stops, numbers that are not finite, weights of another stage."""
 
+import hashlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from jobs.runtime.faults import Stopped
 from jobs.runtime.job import Job
 from jobs.runtime.mesh import place
 from orchestrator.errors import CheckpointError, TrainingError
-from orchestrator.run import Attempt, Run
+from orchestrator.run import Attempt, Run, read_json, write_json
 from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
 
 MODEL = ModelSpec(layers=1, hidden=16, heads=2, vocab=31, seq_len=8)
@@ -111,6 +112,37 @@ def _chain(ranks, root):
 
 def test_a_stage_begins_where_another_ended(tmp_path):
     run_ranks(_chain, 1, tmp_path)
+
+
+def _gate(ranks, root):
+    """A run that goes on in another layout, and one whose weights are not those that were saved."""
+    _train(ranks, root, "same", replace(STAGE, steps=1))
+    sharded = replace(STAGE, parallel=ParallelPlan(micro_batch=2, zero=3))
+    moved = _train(ranks, root, "same", sharded)
+    folder = checkpoint.folder_of(root / "chain" / "same" / "checkpoints", 3)
+    layout = read_json(folder / "state.json")["layout"]
+
+    state = read_json(folder / "state.json")
+    saved = state["probe"]["loss"]
+    state["probe"]["loss"] += 0.001  # as if the weights of the save had come to this
+    write_json(folder / "state.json", state)
+    manifest = read_json(folder / "MANIFEST.json")
+    content = (folder / "state.json").read_bytes()
+    manifest["files"]["state.json"] = [len(content), hashlib.sha256(content).hexdigest()]
+    write_json(folder / "MANIFEST.json", manifest)
+    _train(ranks, root, "same", sharded)  # the same layout needs no gate
+    with pytest.raises(CheckpointError) as refused:
+        _train(ranks, root, "same", replace(STAGE, steps=4))
+    assert checkpoint.committed(root / "chain" / "same" / "checkpoints") == [3, 1], "it trained on"
+    return layout, saved, str(refused.value), len(list(moved.module.parameters()))
+
+
+def test_a_converted_checkpoint_must_compute_the_same(tmp_path):
+    layout, saved, refused, parameters = run_ranks(_gate, 1, tmp_path)[0]
+    assert (layout["zero"], layout["engine"], layout["world"]) == (3, "torch", 1)
+    assert f"was {saved + 0.001:.6f} and is {saved:.6f}, further apart than 0.0001" in refused
+    assert "saved by torch ZeRO-3 on 1 rank in fp32, does not compute the same in torch ZeRO-0" in refused
+    assert parameters
 
 
 def _shares(ranks):
