@@ -38,7 +38,8 @@ def run(tmp_path, *args, without=()):
 
 @pytest.mark.slow
 def test_where_only_torch_is_installed(tmp_path):
-    status, (torch_row, deepspeed_row), out = run(tmp_path, without=(*NOT_NEEDED, "deepspeed"))
+    missing = (*NOT_NEEDED, "deepspeed")
+    status, (torch_row, deepspeed_row), out = run(tmp_path, "--engines", "torch,deepspeed", without=missing)
     assert torch_row["right"]
     assert torch_row["loss_fp32"] == pytest.approx(math.log(301), abs=0.1)
     assert torch_row["losses"][0] == pytest.approx(torch_row["loss_fp32"], abs=2e-3)
@@ -58,6 +59,22 @@ def test_deepspeed_with_banded_attention_and_recompute(tmp_path):
     assert row["losses"][0] == pytest.approx(row["loss_fp32"], abs=2e-3)
 
 
+@pytest.mark.slow
+def test_every_setup_of_an_engine_beside_the_torch_engine(tmp_path):
+    status, rows, out = run(tmp_path, "--engines", "torch,colossalai", "--every-setup")
+    assert [(r["engine"], r["setup"]) for r in rows] == [
+        ("torch", "ddp"),
+        ("torch", "recompute"),
+        ("torch", "fsdp2"),
+        ("colossalai", "zero-1"),
+        ("colossalai", "gemini"),
+    ]
+    assert status == 0 and all(r["right"] for r in rows), out
+    assert rows[0]["loss_difference"] is None
+    assert all(0 < r["loss_difference"] + 1e-9 < 5e-3 for r in rows[1:])
+    assert all(r["planned_memory_gb"] > 0.001 for r in rows)
+
+
 def test_peaks_are_found_by_device_name(gpu_check):
     names = {"NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100-SXM4-80GB": 312}
     assert {name: gpu_check.peak_tflops(name) for name in names} == names
@@ -71,6 +88,8 @@ def test_a_wrong_loss_is_told_from_a_right_one(gpu_check):
     assert not gpu_check.right({**row, "losses": [10.001, 10.5]})
     assert not gpu_check.right({**row, "losses": [10.001, math.nan, 9.5]})
     assert not gpu_check.right({**row, "error": "out of memory"})
+    assert gpu_check.right({**row, "loss_difference": 1e-3})
+    assert not gpu_check.right({**row, "loss_difference": 0.1})
 
 
 def test_misspelt_names_are_usage_errors(gpu_check, capsys):
