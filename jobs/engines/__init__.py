@@ -10,7 +10,7 @@ parameters take no memory (on `meta`, under `zero.Init`), shards it, and only th
 negative log-likelihood of each target token, (B, T) in fp32; ``module(tokens)`` returns logits (B, T, V).
 
 Parameters keep the model's own names in every layout: ``dict(engine.module.named_parameters())``, less those that
-are on `meta`, which other pipeline ranks hold. ``parameter.cut`` (jobs.nn.parallel.Cut), where there is one, says which
+are on `meta`, which other pipeline ranks hold. ``parameter.cut`` (jobs.nn.cut.Cut), where there is one, says which
 slice of the whole tensor this tensor rank holds; the rest is whole on all tensor ranks. A tied table is on the first
 and the last pipeline rank, where its ``ds_pipe_replicated`` is true. What the data ranks share is the engine's own.
 """
