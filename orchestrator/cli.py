@@ -192,7 +192,6 @@ def plan(root: Path, config: str | None, overrides: Sequence[str], stages: Seque
     else:
         planning.plan(root, config, overrides, stages, **{k: how[k] for k in ("force", "report", "as_json")})
         if not how["as_json"]:
-            _say_where_from(root, config, overrides, stages)
             _next(_submission(config, overrides, stages, force=how["force"]))
 
 
@@ -568,15 +567,6 @@ def _compose(config: str, overrides: Sequence[str], stages: Sequence[str]) -> "C
     composed = compose(config, overrides)
     select(composed.experiment, stages)
     return composed
-
-
-def _say_where_from(root: Path, config: str, overrides: Sequence[str], stages: Sequence[str]) -> None:
-    """Name the checkpoints that a submit would go on from, and what they would be converted to."""
-    from orchestrator.relayout import announcements
-
-    experiment = _compose(config, overrides, stages).experiment
-    for line in announcements(root, experiment, stages or experiment.stages):
-        click.echo(line, err=True)
 
 
 def _watch(runs: Sequence["Run"], detach: bool) -> None:
