@@ -113,13 +113,13 @@ def cancel(run: Run, *, now: bool = False) -> None:
     if not alive(run):
         raise LaunchError(f"run `{run.name}` is not running", hint=f"`orch status {run.name}` says how it ended")
     job_id, number = run.submissions[-1].job_id, str(run.submissions[-1].number)
-    begun = [a for a in run.attempts() if a.name.partition("r")[0] == number]
-    if queue.state(run) == "RUNNING" and begun and not now:
+    begun, state = [a for a in run.attempts() if a.name.partition("r")[0] == number], queue.state(run)
+    if state == "RUNNING" and begun and not now:
         time.sleep(min(SETTLE_S, max(0.0, begun[-1].started_at + SETTLE_S - time.time())))  # clocks may differ
         queue.call("scancel", "--signal=TERM", job_id)  # to all tasks; srun and the script stay
     else:
         queue.call("scancel", job_id)
-    if not begun:  # as if it had not been submitted
+    if not begun and state in queue.WAITING:  # as if it had not been submitted; ranks that start would miss it
         with run.lock("run"):
             on_disk = Run.load(run.folder)
             if on_disk.submissions and on_disk.submissions[-1] == run.submissions[-1]:

@@ -335,6 +335,8 @@ def _machine(e: Evidence, failures: Sequence[Mapping[str, Any]]) -> Decision:  #
         note = f"only lost connections were seen, first by rank {first['rank']}: {first['message']}"
         return Decision(cause="lost", next="requeue", note=note)
     for x in wordless:
+        if x.how.startswith("Exited") and HARDWARE.search(e.last_words):  # Python could not be read there, say
+            return _blame("hardware", x.ranks, e.last_words, e)
         if x.how.startswith("Exited"):
             note = f"{_ranks(x.ranks)} on {x.node}: {x.how.lower()}, before it could say why"
             said = f": {e.last_words}" if e.last_words else ""

@@ -89,6 +89,10 @@ TABLE = {
         replace(SEEN, said=RAISED, last_words="No module named 'torch'"),
         "error", "stop", (), "before it could say why: No module named 'torch'",
     ),
+    "no word, but of the disk": (
+        replace(SEEN, said=RAISED, last_words="OSError: [Errno 116] Stale file handle: '/runs/e/s/code'"),
+        "hardware", "requeue", ("node2",), "rank 1 on node2: OSError",
+    ),
     "all left": (replace(SEEN, status=0), "error", "stop", (), "the target step is not reached"),
     "srun could not start": (
         replace(SEEN, said=("srun: error: Unable to create step: Invalid node",)),
