@@ -146,7 +146,8 @@ def cancel(cluster):
     behind = cluster.run("cancelled", "tune")
     assert cluster.state("cancelled")["tune"] == "queued"
     wait_for_step(run, 5)
-    cluster(ORCH, "cancel", "cancelled/pretrain")
+    with held(run):  # the command takes longer than the steps that are left
+        cluster(ORCH, "cancel", "cancelled/pretrain")
     wait_for_end(cluster, run, "1")
     assert cluster.job(run) == "FAILED", "status 0 would start what waits, and requeue is not for the cancelled"
     wait(lambda: cluster.job(behind) == "CANCELLED", "the end of what waited")
