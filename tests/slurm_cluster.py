@@ -259,8 +259,11 @@ def held(run):
 
 
 def is_told(process, number):
-    """Whether signal ``number`` waits for ``process``, which is held."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    """Whether signal ``number`` waits for ``process``, which is held; Slurm may have woken it, and it has left."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
     return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in status.splitlines() if "dPnd:" in line)
 
 
