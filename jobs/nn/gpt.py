@@ -138,8 +138,7 @@ class Head(nn.Module):
         x_BTH, cut = parallel.enter(x_BTH, self.tensor), self.cuts["weight"]
         if targets_BT is None:
             return parallel.gather_features(F.linear(x_BTH, self.weight), cut, self.tensor)
-        first_row = cut.spans()[0][0]
-        return linear_cross_entropy(x_BTH, self.weight, targets_BT, group=self.tensor.group, first_row=first_row)
+        return linear_cross_entropy(x_BTH, self.weight, targets_BT, group=self.tensor.group, cut=cut)
 
 
 class TokenEmbedding(Head):

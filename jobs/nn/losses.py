@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jobs.nn.cut import Cut
+
 LOGITS_BYTES = 2**31  # logits up to here are kept for the backward pass, and no chunk is larger
 CACHE_BYTES = 2**20  # softmax on a CPU works in pieces that stay in its cache
 CUDA_ROWS = 64  # cuBLAS is slow unless the vocabulary is a multiple (Karpathy's nanoGPT: 50257 -> 50304)
@@ -36,7 +38,7 @@ def linear_cross_entropy(
     logits_bytes: int = LOGITS_BYTES,
     pad_to: int | None = None,
     group: Any = None,
-    first_row: int = 0,
+    cut: Cut | None = None,
 ) -> Tensor:
     """Negative log-likelihood of ``targets`` under softmax(hidden weight^T), in fp32 (fp64 for fp64).
 
@@ -48,7 +50,7 @@ def linear_cross_entropy(
         pad_to: the vocabulary is padded to a multiple of it for the matrix products; None: by device.
         group: the ranks over which the vocabulary is cut; None: ``weight_VH`` holds all of it. The gradient of
             ``hidden`` is then this rank's part of a sum. Collective.
-        first_row: where ``weight_VH`` begins in the vocabulary.
+        cut: with ``group``, how: ``weight_VH`` is this rank's slice of it.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -57,7 +59,7 @@ def linear_cross_entropy(
     if pad_to is None:
         pad_to = CUDA_ROWS if device == "cuda" else 1
     with torch.autocast(device, enabled=False):
-        part = None if group is None else _Part(group, first_row, len(weight_VH))
+        part = None if cut is None else _Part.of(cut, group)
         return _LinearCrossEntropy.apply(hidden, weight_VH, targets, logits_bytes, pad_to, part)
 
 
@@ -76,7 +78,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_N = nll.view(-1)
         log_z_N = torch.empty_like(nll_N if part else nll_N[:0])
         padded_VH = _pad(weight_VH, pad_to)
-        rows = max(1, logits_bytes // (len(padded_VH) * padded_VH.element_size()))
+        widest = part.widest + -part.widest % pad_to if part else len(padded_VH)
+        rows = max(1, logits_bytes // (widest * padded_VH.element_size()))
         logits_nV = None
         for chunk in _slices(len(targets_N), rows):
             logits_nV = _logits(hidden_NH[chunk], padded_VH, len(weight_VH))
@@ -122,6 +125,13 @@ class _Part:
     group: Any
     first: int
     rows: int
+    widest: int  # rows of the rank that has most: ranks take chunks alike, or their sums would not meet
+
+    @classmethod
+    def of(cls, cut: Cut, group: Any) -> _Part:
+        """What ``cut`` says of this rank."""
+        widest = max(cut.width(i) for i in range(cut.count))
+        return cls(group, cut.spans()[0][0], cut.width(), widest)
 
     def token_nll(self, logits_nV: Tensor, targets_n: Tensor, nll_n: Tensor, log_z_n: Tensor) -> None:
         """Fill ``log_z_n`` with log sum exp(logits) over the whole vocabulary, and ``nll_n``. Collective."""
