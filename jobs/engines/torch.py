@@ -44,6 +44,11 @@ LIMITS = Limits(
             why="sequence parallel cuts over tensor ranks",
             instead="`sequence: false`, or `tensor: 2` and more",
         ),
+        Refusal(
+            when={"kind": ("reward",), "sequence": (True,)},
+            why="tensor ranks would each score their own tokens alone",
+            instead="`sequence: false`",
+        ),
         Refusal(when={"interleave": (True,)}, why="it has no pipeline", instead="`interleave: 1`"),
     )
 )
