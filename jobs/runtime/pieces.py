@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 INDEX = "pieces.json"
 FORMAT = 1
+FILE = re.compile(r"[a-z]+-\d+-of-\d+\.safetensors")  # of an index that may be a stranger's: no other folder's
 GRAIN = 2**18  # elements below which replicas do not share the writing of a tensor
 Slot = Literal["weight", "exp_avg", "exp_avg_sq", "step"]  # of AdamW (arXiv:1711.05101); step is a tensor of one
 
@@ -141,6 +143,11 @@ class Store:
             ) from None
         if self.index["format"] != FORMAT:
             raise CheckpointError(f"`{folder / INDEX}` is of format {self.index['format']}, this orch reads {FORMAT}")
+        if strange := [name for name in self.index["files"] if not FILE.fullmatch(name)]:
+            raise CheckpointError(
+                f"`{folder / INDEX}` names `{strange[0]}`, which is no file of a checkpoint",
+                hint="it was not written by orch; do not use it",
+            )
         self.folder, self.open, self.files = folder, ExitStack(), dict[str, Any]()
 
     def __enter__(self) -> Store:

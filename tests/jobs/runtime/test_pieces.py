@@ -201,6 +201,7 @@ def _damaged(ranks, root):
         "part": says(lambda i: i["tensors"]["plain"]["pieces"]["weight"][0].__setitem__(3, 30)),
         "twice": says(lambda i: i["tensors"]["plain"]["pieces"]["weight"].append([0, 0, 0, 48])),
         "file": says(lambda i: i["files"].__setitem__(0, "pieces-00009-of-00010.safetensors")),
+        "stranger": says(lambda i: i["files"].__setitem__(0, "../pieces-00000-of-00001.safetensors")),
         "format": says(lambda i: i.update(format=99)),
         "index": str(lost.value),
     }
@@ -214,6 +215,7 @@ def test_what_is_wrong_is_named(tmp_path):
     assert "cannot be read" in said["part"] or "has 30 of the 48 elements" in said["part"]
     assert "has 96 of the 48 elements wanted of `weight` of `plain`" in said["twice"]
     assert "`pieces-00009-of-00010.safetensors` cannot be read" in said["file"]
+    assert "names `../pieces-00000-of-00001.safetensors`, which is no file of a checkpoint" in said["stranger"]
     assert "is of format 99, this orch reads 1" in said["format"]
     assert "holds no `pieces.json`" in said["index"]
 
