@@ -148,7 +148,9 @@ def in_mlflow(folder, run):
     return [step for (step,) in steps], status
 
 
-@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=[pytest.mark.parity] if e in ("colossal", "3d") else []) for e in ENGINES]
+)
 def test_a_killed_rank(place, engine):
     unbroken = whole(place, engine)
     submit(place, f"broken-{engine}", engine, "--detach")

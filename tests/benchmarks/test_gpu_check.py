@@ -60,6 +60,7 @@ def test_deepspeed_with_banded_attention_and_recompute(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_every_setup_of_an_engine_beside_the_torch_engine(tmp_path):
     status, rows, out = run(tmp_path, "--engines", "torch,colossalai", "--every-setup")
     assert [(r["engine"], r["setup"]) for r in rows] == [

@@ -20,7 +20,7 @@ from orchestrator.memory import rank_bytes
 from orchestrator.registry import find
 from orchestrator.spec import ModelSpec, ParallelPlan, StageSpec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parity]  # peaks move where other work delays a rank
 
 MODEL = ModelSpec(layers=4, hidden=128, heads=4, vocab=512, seq_len=128)
 MICRO, TURNS = 8, 4  # sequences in a micro-batch, micro-batches in a step
