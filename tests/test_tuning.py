@@ -35,7 +35,7 @@ stages:
     save_every: 7
     eval_every: 10
     optimizer: {lr: 4e-3}
-    options: {epochs: 2}
+    options: {epochs: 3}
   reward:
     <<: *tune
     kind: reward
@@ -67,7 +67,7 @@ def test_a_chain_learns_and_survives_a_kill(place):
     held_out = [line["val/loss"] for line in lines.values() if line["val/loss"]]
     assert held_out[-1] < held_out[0] - 0.3
     log = (sft.folder / "logs" / "1-0.log").read_text()
-    assert "2 epochs of" in log and f": {max(lines)} steps" in log
+    assert "3 epochs of" in log and f": {max(lines)} steps" in log
     facts = json.loads((reward.folder / "reward.json").read_text())
     assert facts["accuracy"] > 0.8
     assert sum(b["pairs"] for b in facts["calibration"]) == 3 * 40
