@@ -478,7 +478,7 @@ def sync(root: Path, run: str | None) -> None:
         if r.submissions:
             try:
                 click.echo(f"{r.name}: {track.sync(r)} steps sent")
-                track.reconcile(r, alive(r))
+                track.reconcile(r, not r.over and alive(r))
             except OrchError as error:  # the others may be tracked elsewhere
                 failed = True
                 _say_error(type(error)(f"run `{r.name}`: {error}", hint=error.hint))

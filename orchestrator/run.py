@@ -227,6 +227,17 @@ class Run:
             return "running" if started and last and not last.next else "queued"
         return "stopped" if started and last and last.cause in ASKED else "failed"
 
+    @property
+    def over(self) -> bool:
+        """Whether the folder alone says that the newest submission has ended for good: nobody else need be asked.
+
+        A scheduler may know the job for some seconds more, or not answer.
+        """
+        last = next(reversed(self.attempts()), None)
+        if last is None or not self.submissions or last.name.partition("r")[0] != str(self.submissions[-1].number):
+            return False
+        return last.next == "stop"
+
     def failures(self, attempt: str) -> list[dict[str, Any]]:
         """What the ranks of ``attempt`` raised, the first to fail first; behind it those it took along.
 

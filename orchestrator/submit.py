@@ -227,7 +227,7 @@ def _begun(run: Run) -> bool:
 
 
 def _refuse_alive(run: Run) -> None:
-    if alive(run):
+    if not run.over and alive(run):
         raise LaunchError(
             f"run `{run.name}` is {state(run)} already",
             hint=f"`orch logs -f {run.name}` follows it, `orch cancel {run.name}` stops it",

@@ -244,3 +244,23 @@ def test_the_table_is_aligned_and_says_why(run):
         "2: 1 preempted, 1 killed",
     ]
     assert first[7].startswith("was killed")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "over"),
+    [
+        ({}, False),
+        ({"cause": "preempted", "next": "requeue"}, False),
+        ({"cause": "cancelled", "next": "stop"}, True),
+        ({"cause": "done", "next": "stop"}, True),
+    ],
+)
+def test_the_folder_alone_says_that_a_run_is_over(tmp_path, attempt, over):
+    run = Run(folder=tmp_path, experiment="e", stage="s", index=1, key="k")
+    run.submissions = [Submission(number=1, launcher="slurm", job_id="7", submitted_at=0.0)]
+    assert not run.over
+    (tmp_path / "attempts").mkdir()
+    run.save_attempt(Attempt(name="1", job_id="7", world=1, host="h", started_at=1.0, **attempt))
+    assert run.over == over
+    run.submissions.append(Submission(number=2, launcher="slurm", job_id="8", submitted_at=2.0))
+    assert not run.over
