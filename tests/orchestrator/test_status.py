@@ -16,7 +16,7 @@ from tracked import make_chain, wait_for
 
 from launch import _slurm_queue as queue
 from orchestrator import show, status
-from orchestrator.run import Attempt, Submission, list_runs, write_json
+from orchestrator.run import Attempt, Run, Submission, list_runs, write_json
 
 ROOT = Path(__file__).parents[2]
 
