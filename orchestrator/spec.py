@@ -287,7 +287,8 @@ def layout_of(stage: StageSpec, world: int) -> dict[str, Any]:
     """How ``stage`` lies over ``world`` ranks: what a checkpoint says of how it came about."""
     keys = ("tensor", "pipeline", "interleave", "sequence", "zero", "offload")
     cut = {key: getattr(stage.parallel, key) for key in keys}
-    return {"engine": stage.engine, "precision": stage.precision, "world": world, **cut}
+    how = {"engine": stage.engine, "engine_config": stage.engine_config, "precision": stage.precision}
+    return {**how, "world": world, **cut}
 
 
 def describe_layout(layout: dict[str, Any]) -> str:

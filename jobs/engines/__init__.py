@@ -22,6 +22,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from orchestrator.spec import Refusal
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,6 +32,26 @@ if TYPE_CHECKING:
     Batch = dict[str, torch.Tensor]  # tokens (B, T) and targets (B, T), int64, on the CPU
     Make = Callable[..., torch.nn.Module]  # of no argument, or of a jobs.nn.parallel.TensorGroup
     LossFn = Callable[[torch.Tensor, Batch], torch.Tensor]  # (nll (B, T), batch) -> scalar
+
+
+# What the layers of jobs/nn/parallel.py cannot do, under whichever engine.
+OUR_LAYERS = (
+    Refusal(
+        when={"tensor": (True,), "compile": (True,)},
+        why="torch.compile has not been shown to keep collectives and dropout inside a block in order",
+        instead="`compile: false`",
+    ),
+    Refusal(
+        when={"sequence": (True,), "tensor": (False,)},
+        why="sequence parallel cuts over tensor ranks",
+        instead="`sequence: false`, or `tensor: 2` and more",
+    ),
+    Refusal(
+        when={"kind": ("reward",), "sequence": (True,)},
+        why="tensor ranks would each score their own tokens alone",
+        instead="`sequence: false`",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

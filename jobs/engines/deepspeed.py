@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import StepResult, inputs
+from jobs.engines import OUR_LAYERS, StepResult, inputs
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import Place, place
@@ -65,21 +65,7 @@ LIMITS = Limits(
             why="a compiled block in a pipeline has not been shown to compute the same",
             instead="`compile: false`",
         ),
-        Refusal(
-            when={"tensor": (True,), "compile": (True,)},
-            why="torch.compile has not been shown to keep collectives and dropout inside a block in order",
-            instead="`compile: false`",
-        ),
-        Refusal(
-            when={"sequence": (True,), "tensor": (False,)},
-            why="sequence parallel cuts over tensor ranks",
-            instead="`sequence: false`, or `tensor: 2` and more",
-        ),
-        Refusal(
-            when={"kind": ("reward",), "sequence": (True,)},
-            why="tensor ranks would each score their own tokens alone",
-            instead="`sequence: false`",
-        ),
+        *OUR_LAYERS,
         Refusal(when={"interleave": (True,)}, why="its pipelines hold one chunk a rank", instead="`interleave: 1`"),
     ),
     owned=(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import StepResult, inputs
+from jobs.engines import OUR_LAYERS, StepResult, inputs
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.pieces import Piece, Slot
@@ -29,25 +29,11 @@ LIMITS = Limits(
             why="it keeps everything on the GPU",
             instead="`offload: none`, or `engine: deepspeed`",
         ),
-        Refusal(
-            when={"tensor": (True,), "compile": (True,)},
-            why="torch.compile has not been shown to keep collectives and dropout inside a block in order",
-            instead="`compile: false`",
-        ),
+        *OUR_LAYERS,
         Refusal(
             when={"pipeline": (True,)},
             why="it has no pipeline",
             instead="`pipeline: 1`, with `zero: 3` to spread the weights",
-        ),
-        Refusal(
-            when={"sequence": (True,), "tensor": (False,)},
-            why="sequence parallel cuts over tensor ranks",
-            instead="`sequence: false`, or `tensor: 2` and more",
-        ),
-        Refusal(
-            when={"kind": ("reward",), "sequence": (True,)},
-            why="tensor ranks would each score their own tokens alone",
-            instead="`sequence: false`",
         ),
         Refusal(when={"interleave": (True,)}, why="it has no pipeline", instead="`interleave: 1`"),
     )

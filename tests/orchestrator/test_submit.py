@@ -1,5 +1,6 @@
 """What `submit` and `resume` write, refuse and pass over; the launcher is not started here."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from orchestrator.compose import Composed, compose
 from orchestrator.errors import ConfigError, DataError, LaunchError, PlanError
 from orchestrator.relayout import announcements
 from orchestrator.run import Attempt, Run, Submission, list_runs, write_json
-from orchestrator.spec import layout_of
+from orchestrator.spec import StageSpec, layout_of
 
 CONFIG = """
 name: tiny
@@ -187,6 +188,13 @@ def test_another_config_under_the_same_name_is_refused(composed):
     assert len(list_runs(Path("runs"))) == 3
     dry(composed("stages.train.steps=20", "name=other"))
     assert len(list_runs(Path("runs"))) == 6
+
+
+def test_what_is_passed_to_the_engine_belongs_to_the_layout():
+    """Another partition of a pipeline puts other layers on a rank, whose random numbers are then not its own."""
+    stage = StageSpec(kind="pretrain", engine="deepspeed")
+    other = dataclasses.replace(stage, engine_config={"pipeline": {"partition": "parameters"}})
+    assert layout_of(stage, 4) != layout_of(other, 4)
 
 
 def test_the_layout_of_a_run_may_change(composed, caplog):
