@@ -5,13 +5,13 @@ are Megatron's (Narayanan et al. 2021, arXiv:2104.04473, sections 2 and 3).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.failures import limit_s, storage_gb
 from orchestrator.hardware import lacks_bf16
-from orchestrator.registry import find
+from orchestrator.registry import did_you_mean, find
 from orchestrator.schedule import total_tokens
 from orchestrator.spec import ClusterSpec, DataSpec, Experiment, Limits, ModelSpec, StageSpec
 from orchestrator.store import mask
@@ -66,6 +66,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
     found += _model(model)
     found += _tracking(experiment.tracking.uri)
     found += _sources(experiment.data)
+    found += _examples(experiment.data)
     if not find("jobs", stage.kind).PER_GPU:
         return found
     where = f"stages.{name}"
@@ -135,6 +136,15 @@ def _sources(data: DataSpec) -> Iterator[Problem]:
             yield Problem(message=f"`data.sources.{name}.weight` is {weight:g}, and must be at least 0")
     if weights and not any(weights.values()):
         yield Problem(message="all weights in `data.sources` are 0", hint="give one source a share of the samples")
+
+
+def _examples(data: DataSpec) -> Iterator[Problem]:
+    """Lengths that leave nothing."""
+    for name, examples in data.examples.items():
+        for key, least in (("max_prompt", 1), ("max_response", 2)):  # a response is a token and the end
+            value = getattr(examples, key)
+            if value is not None and value < least:
+                yield Problem(message=f"`data.examples.{name}.{key}` is {value}, and must be at least {least}")
 
 
 def _machines(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Problem]:
@@ -237,13 +247,19 @@ def _engine(where: str, stage: StageSpec, limits: Limits) -> Iterator[Problem]:
     for refusal in limits.refusals(stage):
         asked = ", ".join(_asked(stage, name) for name in refusal.when)
         yield Problem(message=f"`{where}`: {engine} cannot run {asked}: {refusal.why}", hint=refusal.instead)
-    if stage.engine_config and not limits.owned:
+    if stage.engine_config and not limits.allowed:
         yield Problem(message=f"`{where}.engine_config` has keys, and {engine} takes none", hint="take them out")
-    for key in limits.owned:
-        if _has(stage.engine_config, key):
+        return
+    for key in _keys(stage.engine_config):
+        if _within(key, limits.owned):
             yield Problem(
                 message=f"`{where}.engine_config.{key}` is the plan's to set",
                 hint=f"take it out; `{where}` says it in `parallel`, `global_batch`, `precision` or `optimizer`",
+            )
+        elif not _within(key, limits.allowed):
+            yield Problem(
+                message=f"`{where}.engine_config.{key}`: {engine} has not been shown to compute the same with it",
+                hint=did_you_mean(key, list(limits.allowed)),
             )
 
 
@@ -307,11 +323,18 @@ def _saves(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec)
         )
 
 
-def _has(config: Mapping[str, Any], key: str) -> bool:
-    """Whether the dotted ``key`` is in ``config``."""
-    first, _, rest = key.partition(".")
-    below = config.get(first)
-    return first in config if not rest else isinstance(below, Mapping) and _has(below, rest)
+def _keys(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Every key of ``config`` that has a value, dotted."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
+
+
+def _within(key: str, sections: Iterable[str]) -> bool:
+    """Whether the dotted ``key`` is one of ``sections``, or in one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def _divisors(n: int, near: int, count: int = 4) -> list[int]:

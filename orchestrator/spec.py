@@ -113,6 +113,8 @@ class ExamplesSpec:
 
     train: list[str] = field(default_factory=list)
     val: list[str] = field(default_factory=list)  # held out
+    max_prompt: int | None = None  # tokens before the model's first; longer ones are left out and counted
+    max_response: int | None = None  # tokens of the model's own, end tokens included; the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +211,7 @@ class StageSpec:
 
     kind: str
     engine: str = "torch"  # a module of jobs/engines/
-    engine_config: dict[str, Any] = field(default_factory=dict)  # passed through, but for what the plan owns
+    engine_config: dict[str, Any] = field(default_factory=dict)  # passed through where the engine's LIMITS allow it
     parallel: ParallelPlan = field(default_factory=ParallelPlan)
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False  # torch.compile each block
@@ -269,7 +271,9 @@ class Limits:
     """What an engine cannot run; each ``jobs/engines/<name>.py`` states its own as ``LIMITS``."""
 
     refused: tuple[Refusal, ...] = ()
-    owned: tuple[str, ...] = ()  # keys of engine_config, dotted, that the plan sets; empty: it takes none
+    owned: tuple[str, ...] = ()  # keys of engine_config, dotted, that the plan sets
+    # keys and sections of engine_config, dotted, shown not to change what is computed, and what each is for
+    allowed: Mapping[str, str] = field(default_factory=dict)
     full_pipeline: bool = False  # a pipeline takes no fewer micro-batches than it has stages
 
     def refusals(self, stage: StageSpec) -> list[Refusal]:

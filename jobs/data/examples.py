@@ -30,6 +30,16 @@ from orchestrator.registry import did_you_mean
 from orchestrator.spec import DataSpec
 
 BUILTIN = "builtin:"
+LENGTHS = "are `model.seq_len`, or `max_prompt` and `max_response` of these examples, too short?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """JSONL files, or `builtin:` names, and how many tokens what is taken from them may have (ExamplesSpec)."""
+
+    names: list[str]
+    max_prompt: int | None = None
+    max_response: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +57,24 @@ class Prompt:
     line: dict[str, Any]
 
 
-def demonstrations(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Encoded]:
+def demonstrations(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Encoded]:
     """Conversations of at most ``longest`` tokens; longer ones are cut, which ``left_out`` counts too."""
     found = []
-    for where, line in read(files):
+    for where, line in read(files.names):
         try:
             turns = turns_of(line["messages"]) if "messages" in line else [*turns_of(line["prompt"]), _answer(line)]
         except (KeyError, ValueError) as e:
             raise _malformed(where, line, e, "`prompt` and `response`, or `messages`") from e
-        encoded = _fit(chat.encode(turns), longest, left_out)
+        encoded = _fit(chat.encode(turns), files, longest, left_out)
         if encoded:
             found.append(encoded)
     return _some(found, files, left_out)
 
 
-def ranked(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Ranked]:
+def ranked(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Ranked]:
     """Responses by rank. One that is equal to a better one, once encoded and cut, says nothing and is left out."""
     found = []
-    for where, line in read(files):
+    for where, line in read(files.names):
         try:
             before, responses = turns_of(line["prompt"]), line["responses"]
             if not isinstance(responses, list) or len(responses) < 2:
@@ -72,7 +82,7 @@ def ranked(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter[
             turns = [[*before, _answer({"response": r})] for r in responses]
         except (KeyError, ValueError) as e:
             raise _malformed(where, line, e, "`prompt` and `responses`") from e
-        encoded = [e for e in (_fit(chat.encode(t), longest, left_out) for t in turns) if e]
+        encoded = [e for e in (_fit(chat.encode(t), files, longest, left_out) for t in turns) if e]
         distinct = [e for i, e in enumerate(encoded) if e not in encoded[:i]]
         left_out["equal responses"] += len(encoded) - len(distinct)
         if len(distinct) > 1:
@@ -80,15 +90,17 @@ def ranked(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter[
     return _some(found, files, left_out)
 
 
-def prompts(files: Sequence[str], chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Prompt]:
-    """Prompts of at most ``longest`` tokens."""
+def prompts(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Prompt]:
+    """Prompts of at most ``longest`` tokens, up to where the model is to write."""
     found = []
-    for where, line in read(files):
+    for where, line in read(files.names):
         try:
             ids = chat.prompt(turns_of(line["prompt"]))
         except (KeyError, ValueError) as e:
             raise _malformed(where, line, e, "`prompt`") from e
-        if len(ids) > longest:
+        if not ids:
+            left_out["empty prompts"] += 1
+        elif len(ids) > min(longest, files.max_prompt or longest):
             left_out["prompts too long"] += 1
         else:
             found.append(Prompt(ids=ids, line=line))
@@ -112,18 +124,20 @@ def read(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"`{name}`: not UTF-8 near byte {e.start:,}", hint="convert it, with `iconv`") from e
 
 
-def files_of(data: DataSpec, name: str, split: Split) -> list[str]:
+def files_of(data: DataSpec, name: str, split: Split) -> Files:
     """The files of the examples ``name``. Raises DataError where the experiment has none of that name."""
     if name not in data.examples:
         raise DataError(f"no examples `{name}` in `data.examples`", hint=did_you_mean(name, [*data.examples]))
-    given = data.examples[name].train if split == "train" else data.examples[name].val
-    return given or [str(Path(data.folder) / f"{name}-{split}.jsonl")]
+    spec = data.examples[name]
+    given = spec.train if split == "train" else spec.val
+    made = [str(Path(data.folder) / f"{name}-{split}.jsonl")]
+    return Files(names=given or made, max_prompt=spec.max_prompt, max_response=spec.max_response)
 
 
-def fingerprint(files: Sequence[str], chat: Chat, *what: object) -> str:
+def fingerprint(files: Files, chat: Chat, *what: object) -> str:
     """A hash of the examples, of how they are encoded, and of ``what`` else decides the order of samples."""
-    digests = [_digest(f) for f in files]
-    return hashlib.sha256(json.dumps([digests, chat.sha256, *what]).encode()).hexdigest()
+    taken = [[_digest(name) for name in files.names], files.max_prompt, files.max_response]
+    return hashlib.sha256(json.dumps([*taken, chat.sha256, *what]).encode()).hexdigest()
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -153,10 +167,17 @@ def _answer(line: dict[str, Any]) -> dict[str, str]:
     return {"role": "assistant", "content": response}
 
 
-def _fit(encoded: Encoded, longest: int, left_out: Counter[str]) -> Encoded | None:
-    """``encoded``, cut to ``longest`` tokens; None where nothing is to be learned from it."""
-    if sum(encoded.learn) <= 1:  # the end token alone
+def _fit(encoded: Encoded, files: Files, longest: int, left_out: Counter[str]) -> Encoded | None:
+    """``encoded``, cut to ``longest`` tokens; None where it is longer than ``files`` may have, or teaches nothing."""
+    response = sum(encoded.learn)
+    if response <= 1:  # the end token alone
         left_out["empty responses"] += 1
+        return None
+    if files.max_prompt and encoded.learn.index(1) > files.max_prompt:
+        left_out["prompts too long"] += 1
+        return None
+    if files.max_response and response > files.max_response:
+        left_out["responses too long"] += 1
         return None
     if len(encoded.ids) <= longest:
         return encoded
@@ -165,10 +186,10 @@ def _fit(encoded: Encoded, longest: int, left_out: Counter[str]) -> Encoded | No
     return cut if any(cut.learn) else None
 
 
-def _some(found: list[Any], files: Sequence[str], left_out: Counter[str]) -> list[Any]:
+def _some(found: list[Any], files: Files, left_out: Counter[str]) -> list[Any]:
     if not found:
         why = ", ".join(f"{n} {what}" for what, n in left_out.items()) or "they are empty"
-        raise DataError(f"nothing to learn from in `{'`, `'.join(files)}`: {why}", hint="is `model.seq_len` too short?")
+        raise DataError(f"nothing to learn from in `{'`, `'.join(files.names)}`: {why}", hint=LENGTHS)
     return found
 
 

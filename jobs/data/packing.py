@@ -10,14 +10,13 @@ number of its conversation, so that attention stays inside (`segments`) and posi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jobs.data.chat import Chat, Encoded
-from jobs.data.examples import demonstrations, fingerprint, shuffled
+from jobs.data.examples import Files, demonstrations, fingerprint, shuffled
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 class Demonstrations:
     """Rows of packed conversations in one global order, which depends on the seed and the epoch alone."""
 
-    def __init__(self, files: Sequence[str], chat: Chat, *, seq_len: int, seed: int) -> None:
+    def __init__(self, files: Files, chat: Chat, *, seq_len: int, seed: int) -> None:
         self.left_out: Counter[str] = Counter()
         self.examples: list[Encoded] = demonstrations(files, chat, longest=seq_len + 1, left_out=self.left_out)
         self.seq_len, self.seed, self.end = seq_len, seed, chat.end

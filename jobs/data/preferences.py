@@ -9,7 +9,6 @@ a reward model overfits within one epoch (Ouyang et al. 2022, arXiv:2203.02155, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jobs.data.chat import Chat
-from jobs.data.examples import Ranked, fingerprint, ranked, shuffled
+from jobs.data.examples import Files, Ranked, fingerprint, ranked, shuffled
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 class Preferences:
     """Prompts with their ranked responses, in one global order."""
 
-    def __init__(self, files: Sequence[str], chat: Chat, *, seq_len: int, seed: int) -> None:
+    def __init__(self, files: Files, chat: Chat, *, seq_len: int, seed: int) -> None:
         self.left_out: Counter[str] = Counter()
         self.prompts: list[Ranked] = ranked(files, chat, longest=seq_len, left_out=self.left_out)
         self.end = chat.end

@@ -151,6 +151,7 @@ RULES = [
     ([f"{S}.optimizer.lr=.nan"], f"`{S}.optimizer.lr` is nan, and must be more than 0", ""),
     ([f"{S}.optimizer.betas=[0.9, 1]"], f"`{S}.optimizer.betas` is 1, and must be from 0 up to but not 1", ""),
     (["model.dropout=1.5"], "`model.dropout` is 1.5", ""),
+    (["data.examples.x.max_prompt=0"], "`data.examples.x.max_prompt` is 0, and must be at least 1", ""),
     (["model.heads=7"], "`hidden` 768 does not divide by `heads` 7", "`model.heads` may be 3, 4, 6 or 8"),
     (["model.kv_heads=5"], "`heads` 12 does not divide by `kv_heads` 5", "`model.kv_heads` may be 2, 3, 4 or 6"),
     (["model.heads=256", "model.position=rope"], "rope turns pairs, and `hidden` 768 / `heads` 256 = 3", "even"),
@@ -188,6 +189,13 @@ RULES = [
     ([f"{S}.engine_config.zero_optimization.stage=3"], "zero_optimization.stage` is the plan's to set", "take it out"),
     ([f"{S}.engine_config={{bf16: {{enabled: true}}}}"], "engine_config.bf16` is the plan's to set", "take it out"),
     ([f"{S}.engine=torch", f"{S}.engine_config.x=1"], "engine `torch` takes none", "take them out"),
+    ([f"{S}.engine_config.prescale_gradients=true"], "`deepspeed` has not been shown to compute the same with it", ""),
+    ([f"{S}.engine_config.zero_optimization=3"], "engine_config.zero_optimization`: engine", "did you mean"),
+    (
+        [f"{S}.engine_config.zero_optimization={{reduce_bucket_sise: 1}}"],
+        "engine_config.zero_optimization.reduce_bucket_sise`: engine",
+        "did you mean `zero_optimization.reduce_bucket_size`?",
+    ),
     (["cluster.storage_tb=0.004"], "2 checkpoints of 1.8 GB, and one being written, are 5.3 GB", "keep` may be 1"),
     (["cluster.slurm={time: 10}"], "`cluster.slurm.time` is 600 s, and starting (600 s)", "may be 111 (minutes)"),
     (["cluster.network_gb_per_s=0"], "`cluster.network_gb_per_s` is 0, and must be more than 0", ""),
@@ -204,6 +212,17 @@ def test_broken_rules(overrides: list[str], message: str, hint: str) -> None:
     found = [p for p in problems if message in p.message]
     assert found, problems
     assert hint in found[0].hint
+
+
+@pytest.mark.parametrize(
+    "key",
+    """zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients communication_data_type
+    zero_optimization.zero_hpz_partition_size zero_optimization.mics_shard_size sparse_gradients torch_autocast.enabled
+    data_types.grad_accum_dtype compression_training.x curriculum_learning.enabled steps_per_print amp""".split(),
+)
+def test_keys_of_deepspeed_that_nobody_has_proven_equal_are_refused(key: str) -> None:
+    (problem,) = check(compose("gpt3-125m", [f"{S}.engine_config.{key}=1"]).experiment, "pretrain")
+    assert f"`{S}.engine_config.{key}`" in problem.message
 
 
 def test_keys_of_deepspeed_that_the_plan_does_not_own_pass() -> None:

@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from jobs.data import bpe
 from jobs.data.chat import Chat
-from jobs.data.examples import demonstrations, prompts, ranked
+from jobs.data.examples import Files, demonstrations, fingerprint, prompts, ranked
 from jobs.data.packing import Demonstrations
 from orchestrator.errors import DataError
 from orchestrator.spec import ChatSpec, DataSpec
@@ -27,7 +28,7 @@ def chat(tmp_path_factory):
 def write(folder, *lines):
     path = folder / "examples.jsonl"
     path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
-    return [str(path)]
+    return Files(names=[str(path)])
 
 
 def test_what_the_model_writes_is_learned_and_nothing_else(chat):
@@ -79,6 +80,21 @@ def test_what_cannot_be_learned_from_is_counted(chat, tmp_path):
     assert [len(e.ids) for e in found][1] == 30
     assert [e.ids[-1] == chat.end for e in found] == [True, False]
     assert len(prompts(files, chat, longest=30, left_out=left_out)) == 3
+
+
+def test_lengths_that_the_examples_may_have(chat, tmp_path):
+    room = [len(chat.prompt([{"role": "user", "content": "aa"}])), len(chat.tokenizer.encode("bb").ids) + 1]
+    lines = [{"prompt": "a" * n, "response": "b" * m, "responses": ["b" * m, "c"]} for n, m in ((2, 2), (9, 2), (2, 9))]
+    files = write(tmp_path, *lines)
+    most = replace(files, max_prompt=room[0], max_response=room[1])
+    left_out = Counter()
+    assert len(demonstrations(files, chat, longest=60, left_out=left_out)) == 3
+    assert len(demonstrations(most, chat, longest=60, left_out=left_out)) == 1
+    assert left_out == {"prompts too long": 1, "responses too long": 1}
+    assert [len(r.responses) for r in ranked(most, chat, longest=60, left_out=Counter())] == [2]
+    assert [p.line for p in prompts(most, chat, longest=60, left_out=Counter())] == [lines[0], lines[2]]
+    ways = [files, replace(files, max_prompt=3), replace(files, max_response=3)]
+    assert len({fingerprint(w, chat) for w in ways}) == 3
 
 
 def test_equal_responses_are_no_preference(chat, tmp_path):

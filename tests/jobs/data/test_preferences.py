@@ -7,6 +7,7 @@ import torch
 
 from jobs.data import bpe
 from jobs.data.chat import Chat
+from jobs.data.examples import Files
 from jobs.data.preferences import Preferences
 from jobs.reward import loss, measured
 from orchestrator.spec import ChatSpec, DataSpec
@@ -21,7 +22,7 @@ def data(tmp_path_factory):
     lines = [json.dumps({"prompt": f"{k}?", "responses": r}) + "\n" for k, r in enumerate(RESPONSES)]
     (folder / "p.jsonl").write_text("".join(lines))
     chat = Chat.open(DataSpec(tokenizer=str(folder / "tokenizer.json"), chat=ChatSpec(end="<|end|>")))
-    return Preferences([str(folder / "p.jsonl")], chat, seq_len=32, seed=3), chat
+    return Preferences(Files(names=[str(folder / "p.jsonl")]), chat, seq_len=32, seed=3), chat
 
 
 def test_every_pair_of_a_prompt_is_in_its_batch_and_prompts_weigh_alike(data):
