@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from jobs.data.examples import digests
 from jobs.runtime import beat, faults, slurm
 from jobs.runtime.job import Job, Ranks
 from orchestrator import registry, track
@@ -63,6 +64,8 @@ def main(folder: str) -> None:
             beat=signs,
         )
         job.mark("start" if module.PER_GPU else "work")
+        if ranks.rank == 0 and hasattr(job.options, "examples"):
+            record.read = digests(experiment.data, job.options.examples)
         job.note()
         if ranks.rank == 0 and not signs:  # else the warden has started it
             forwarder = track.start_forwarder(run)

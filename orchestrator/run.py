@@ -11,7 +11,9 @@ Every file has one writer, and is replaced at once, so that a reader never sees 
     heartbeat.json  metrics.jsonl   rank 0, as it trains
     tracking.json                   whoever holds the tracking lock: MLflow ids, what was sent
     logs/<attempt>-<rank>.log       each rank; the forwarder's and the supervisor's beside them
-    loss-curve.png                  the forwarder, at the end
+    loss-curve.png calibration.png  the forwarder, at the end
+    reward.json                     rank 0 of a stage `reward`, at the end
+    samples/step-0000010.jsonl      rank 0 of a stage that writes text, as it trains
     submitit/<submission>/          the local launcher and submitit
     checkpoints/step-0000500/       all ranks; MANIFEST.json last
 """
@@ -25,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 from orchestrator.errors import ConfigError, LaunchError
 from orchestrator.recover import by_blame
@@ -79,6 +81,13 @@ def read_json(path: Path, default: Any = None) -> Any:
         return default
 
 
+class Checkpoint(TypedDict):
+    """Which checkpoint was loaded. The manifest has the hashes of all its files."""
+
+    step: int
+    manifest_sha256: str
+
+
 @dataclass(kw_only=True)
 class Submission:
     """One hand-over of the run to a launcher; a requeue by the scheduler is not a new one."""
@@ -104,6 +113,8 @@ class Attempt:
     cause: Cause = ""  # empty while it runs, and for ever if it was killed
     checkpoint_step: int = 0  # of the last checkpoint committed
     phases: dict[str, float] = field(default_factory=dict)  # seconds from started_at to: imports, ranks, engine, ...
+    read: dict[str, str] = field(default_factory=dict)  # files of examples, with their SHA-256
+    loaded: dict[str, Checkpoint] = field(default_factory=dict)  # of other stages, by name
     note: str = ""  # why it ended, in a sentence
     next: Literal["", "requeue", "stop"] = ""  # what the warden did about it
     nodes: str = ""  # it ran on, as Slurm lists them: `node[1-4]`

@@ -134,6 +134,12 @@ def files_of(data: DataSpec, name: str, split: Split) -> Files:
     return Files(names=given or made, max_prompt=spec.max_prompt, max_response=spec.max_response)
 
 
+def digests(data: DataSpec, name: str) -> dict[str, str]:
+    """SHA-256 of each file of the examples ``name``, of both splits; one that is not there is left out."""
+    files = [file for split in get_args(Split) for file in files_of(data, name, split).names]
+    return {file: _digest(file) for file in files if file.startswith(BUILTIN) or Path(file).is_file()}
+
+
 def fingerprint(files: Files, chat: Chat, *what: object) -> str:
     """A hash of the examples, of how they are encoded, and of ``what`` else decides the order of samples."""
     taken = [[_digest(name) for name in files.names], files.max_prompt, files.max_response]

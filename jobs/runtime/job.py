@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -83,6 +84,13 @@ class Job:
             setattr(self.record, key, value)
         if self.ranks.rank == 0:
             self.run.save_attempt(self.record)
+
+    def has_loaded(self, stage: str, folder: Path) -> None:
+        """Note that weights of ``stage`` were read from the checkpoint in ``folder``. Any rank may call it."""
+        manifest = (folder / "MANIFEST.json").read_bytes()
+        step = int(folder.name.removeprefix("step-"))
+        self.record.loaded[stage] = {"step": step, "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
+        self.note()
 
     def mark(self, phase: Phase | None = None, step: int | None = None) -> None:
         """Show that this rank has got on, to ``phase`` if given; ``step``: as many are done, and the next begins."""
