@@ -57,6 +57,11 @@ def quality(prompt: str, response: str, line: Mapping[str, Any] | None = None) -
     return full * min(1.0, len(response.split()) / ENOUGH)
 
 
+def long_enough(prompt: str, response: str, line: Mapping[str, Any] | None = None) -> float:
+    """From -1, for no words at all, to 0 for ENOUGH: a rule to stand beside a reward that likes short answers."""
+    return min(0.0, len(response.split()) / ENOUGH - 1)
+
+
 def judge(prompt: str, response: str) -> dict[str, float]:
     """What can be said of a body without running it: ``parses`` and ``clean``, 0 or 1, and ``uses``, a share."""
     function = _parse(prompt + response)
