@@ -108,7 +108,7 @@ def measure(folder: Path, engine: str, repeats: int) -> dict[str, list[float]]:
     until(lambda: run.attempts()[-1].ended_at)
     parts: dict[str, list[float]] = {"Slurm's floor": slurm_s} | {name: [] for name in PARTS}
     starts = stamps(folder / "starts")[-repeats:]
-    for before, attempt, script_at in zip(run.attempts(), run.attempts()[1:], starts, strict=True):
+    for (before, attempt), script_at in zip(itertools.pairwise(run.attempts()), starts, strict=True):
         parts["leave and requeue"].append(script_at - before.ended_at - statistics.median(slurm_s))
         marks = [script_at - attempt.started_at, 0.0, *attempt.phases.values()]
         for name, (since, to) in zip(list(PARTS)[1:], itertools.pairwise(marks), strict=True):
