@@ -7,15 +7,16 @@ first error counts and not its echo on the other ranks is what users of torchrun
     asked to leave           requeue after a preemption, stop after a cancel
     error of a user          stop: the next attempt would end the same way
     hardware, frozen, lost   requeue, away from the node that is to blame; stop when three in a row brought nothing
+    an error of no table     requeue once, if steps were trained before it or it is a driver's; the same again: stop
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Kind = Literal["user", "hardware", "peer"]
+Kind = Literal["user", "hardware", "unknown", "peer"]
 Phase = Literal["start", "step", "evaluate", "save", "work"]  # work: a stage without steps, of no known pace
 
 # What a rank raises when its machine is to blame. CUDA's and NCCL's words as in their headers and logs; Xid 48, 79,
@@ -36,6 +37,20 @@ PEER = re.compile(
     re.IGNORECASE,
 )
 PEER_TYPES = frozenset({"ConnectionError", "DistNetworkError", "DistStoreError"})
+# Python's and torch's own words for a mistake in code, config or data: the next attempt would make it again.
+USER_TYPES = frozenset(
+    {"OrchError", "ValueError", "TypeError", "LookupError", "AttributeError", "NameError", "AssertionError"}
+    | {"ImportError", "ArithmeticError", "NotImplementedError", "RecursionError", "MemoryError"}
+    | {"FileNotFoundError", "PermissionError", "OutOfMemoryError"}
+)
+USER = re.compile(r"device-side assert|no kernel image|invalid device (?:function|ordinal)", re.IGNORECASE)
+# Layers below torch, in which a node can be at fault in words that stand in no table.
+DRIVER = re.compile(
+    r"\b(?:CUDA|HIP) (?:error|driver)|\bcu(?:BLAS|DNN|SOLVER|FFT)_?|\b[NR]CCL\b|\bnccl[A-Z]|\bgloo\b|\bNVML\b"
+    r"|InfiniBand|\bib[v_]\w|\bUCX\b",
+    re.IGNORECASE,
+)
+CHANGING = re.compile(r"0x[0-9a-f]+|\d+", re.IGNORECASE)  # addresses, ports, ranks: what differs in the same error
 FULL = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 # srun: `srun: error: node2: task 1: Killed`, the first to go first; then it says that it ends the others.
 EXIT = re.compile(r"srun: error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,-]+): (?P<how>.+)")
@@ -52,7 +67,7 @@ class Patience:
     """How long the warden waits: `cluster.slurm.patience`. Seconds, but for ``steps`` and ``attempts``."""
 
     steps: float = 10  # as many median steps may pass without a step ending,
-    step_s: float = 300  # and at least this long
+    step_s: float = 600  # and at least this long: a Lustre server that fails over waits 300 s for its clients, and more
     start_s: float = 3600  # from the ranks' start to the end of the first step: imports, loading, compiling
     save_s: float = 1800  # for a checkpoint; ten times what the plan expects, where that is more
     silent_s: float = 300  # a rank without a sign of life, while others give theirs and no step ends; see LOADED
@@ -175,7 +190,7 @@ def failed_nodes(said: Sequence[str]) -> list[str]:
 
 
 def kind(failure: Mapping[str, Any]) -> Kind:
-    """Whose fault an entry of ``failures/`` is; what is not known to be another's is the user's."""
+    """Whose fault an entry of ``failures/`` is, as far as its type and its words tell."""
     types, message = {failure["type"], *failure.get("bases", ())}, str(failure["message"])
     if "OrchError" in types:
         return "user"
@@ -183,12 +198,20 @@ def kind(failure: Mapping[str, Any]) -> Kind:
         return "hardware"
     if types & PEER_TYPES or PEER.search(message):
         return "peer"
-    return "hardware" if NETWORK.search(message) else "user"
+    if NETWORK.search(message):
+        return "hardware"
+    return "user" if types & USER_TYPES or USER.search(message) or FULL.search(message) else "unknown"
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two entries of ``failures/`` are the same error, whichever rank and address it names."""
+    first, second = (CHANGING.sub("", f"{f['type']}: {f['message']}".partition("\n")[0]) for f in (one, other))
+    return first == second
 
 
 def by_blame(failures: Sequence[Mapping[str, Any]]) -> list[Any]:
     """``failures`` with those in front that explain the others; among equals the earliest."""
-    order: dict[Kind, int] = {"user": 0, "hardware": 0, "peer": 1}
+    order: dict[Kind, int] = {"user": 0, "hardware": 0, "unknown": 1, "peer": 2}
     return sorted(failures, key=lambda failure: (order[kind(failure)], failure["time"]))
 
 
@@ -217,6 +240,8 @@ class Evidence:
     preempting: bool = False  # Slurm has told the job to make room
     frozen: Frozen | None = None
     failures: Sequence[Mapping[str, Any]] = ()
+    trained: bool = False  # since it was submitted, the run has ended a step
+    before: Sequence[Mapping[str, Any]] = ()  # of each earlier attempt since then, what its first rank to fail raised
     said: Sequence[str] = ()  # srun, line by line, before the warden itself ended anything
     status: int = 0  # srun's
     node_of: Mapping[int, str] = field(default_factory=dict)
@@ -330,6 +355,8 @@ def _machine(e: Evidence, failures: Sequence[Mapping[str, Any]]) -> Decision:  #
         if x.how.startswith(VANISHED):
             perhaps = "; by the kernel, for want of memory? its log on the node says so" * (x.how == "Killed")
             return _blame("lost", x.ranks, f"left without a word: {x.how}{perhaps}", e)
+    if failures and kind(failures[0]) == "unknown":
+        return _unknown(failures, e)
     if failures:
         first = failures[0]
         note = f"only lost connections were seen, first by rank {first['rank']}: {first['message']}"
@@ -345,6 +372,24 @@ def _machine(e: Evidence, failures: Sequence[Mapping[str, Any]]) -> Decision:  #
         note = "all ranks left in order, and the target step is not reached"
         return Decision(cause="error", next="stop", note=note)
     return Decision(cause="lost", next="requeue", note=f"srun ended with status {e.status}{_quoted(e.said)}")
+
+
+def _unknown(failures: Sequence[Mapping[str, Any]], e: Evidence) -> Decision:
+    """An error that no table knows: a bug, or a node's fault in words not seen before. A second try tells which.
+
+    Where it begins with the run, it is a bug: a wrong shape is a RuntimeError too. Else the run goes on once, without
+    the node that raised it where that is one; the same error again, with no new checkpoint since, stops it.
+    """
+    first = failures[0]
+    ended = _error(first)
+    if not (e.trained or DRIVER.search(f"{first['type']}: {first['message']}")):
+        return ended
+    if e.fruitless and any(same(first, other) for other in e.before):
+        return replace(ended, note=f"{ended.note}; as in an attempt before this one")
+    nodes = {e.node_of.get(int(f["rank"]), "") for f in failures if kind(f) == "unknown"}
+    one = tuple(nodes - {""}) if len(nodes) == 1 and len({*e.node_of.values()}) > 1 else ()
+    note = f"{ended.note}; of no kind that is known, so tried again once"
+    return replace(ended, next="requeue", note=note, nodes=one)
 
 
 def _blame(cause: Literal["hardware", "lost"], ranks: Sequence[int], what: str, e: Evidence) -> Decision:

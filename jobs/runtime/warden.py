@@ -209,6 +209,8 @@ class Warden:
             preempting=job.get("PreemptTime", "None") not in ("None", "Unknown"),
             frozen=frozen,
             failures=self.run.failures(self.name),
+            trained=self.run.heartbeat().get("attempt", "").partition("r")[0] == self.name.partition("r")[0],
+            before=[found[0] for a in self._mine()[:-1] if (found := self.run.failures(a.name))],
             said=tuple(self.said),
             status=status,
             node_of=node_of,

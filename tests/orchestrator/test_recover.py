@@ -25,6 +25,10 @@ WATCHDOG = "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqN
 ECC = "CUDA error: uncorrectable ECC error encountered"
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled system error, NCCL version 2.21.5"
 NCCL_PEER = f"{NCCL}\nncclSystemError: Last error:\nsocketProgress: Connection closed by remote peer"
+# Of no table: by CUDA, by torch for a shape that does not fit, by a file system.
+LAUNCH = "CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA`"
+SHAPE = "mat1 and mat2 shapes cannot be multiplied (8x64 and 32x64)"
+SHUT_DOWN = "[Errno 108] Cannot send after transport endpoint shutdown: 'checkpoints/step-0000500'"
 CUDA_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
@@ -34,6 +38,8 @@ def failure(rank, kind, message, *, time=1.0, bases=("RuntimeError", "Exception"
 
 PEER = failure(0, "RuntimeError", GLOO, time=0.5)
 SEEN = Evidence(world=2, status=1, node_of={0: "node1", 1: "node2"})
+UNKNOWN = failure(1, "OSError", SHUT_DOWN)
+TRAINED = replace(SEEN, trained=True, said=RAISED)
 FROZEN = Frozen(why="frozen after step 7", ranks=(1,), nodes=("node2",))
 
 TABLE = {
@@ -51,7 +57,8 @@ TABLE = {
     "node failure": (replace(SEEN, told="requeued", said=NODE_FAILURE), "lost", "requeue", ("node2",), "node2"),
     "frozen": (replace(SEEN, frozen=FROZEN, said=()), "frozen", "requeue", ("node2",), "step 7"),
     "frozen, by a mistake that was told": (
-        replace(SEEN, frozen=FROZEN, failures=[failure(1, "KeyError", "'x'")]), "error", "stop", (), "rank 1: KeyError",
+        replace(SEEN, frozen=FROZEN, failures=[failure(1, "KeyError", "'x'", bases=("LookupError", "Exception"))]),
+        "error", "stop", (), "rank 1: KeyError",
     ),
     "user's error": (
         replace(SEEN, failures=[PEER, failure(1, "ValueError", "bad", time=9.0)], said=RAISED),
@@ -63,6 +70,65 @@ TABLE = {
     "an OrchError about a connection": (
         replace(SEEN, failures=[failure(0, "DataError", "connection refused", bases=("OrchError", "Exception"))]),
         "error", "stop", (), "DataError",
+    ),
+    "unknown, at its first step": (
+        replace(TRAINED, trained=False, failures=[failure(1, "RuntimeError", SHAPE)]), "error", "stop", (), SHAPE,
+    ),
+    "unknown, while it trains": (
+        replace(TRAINED, failures=[PEER, UNKNOWN]),
+        "error", "requeue", ("node2",), "shutdown: 'checkpoints/step-0000500'; of no kind that is known",
+    ),
+    "unknown, on two nodes": (
+        replace(TRAINED, failures=[UNKNOWN, failure(0, "OSError", SHUT_DOWN)]),
+        "error", "requeue", (), "tried again once",
+    ),
+    "unknown, where there is one node": (
+        replace(TRAINED, node_of={0: "node1", 1: "node1"}, failures=[UNKNOWN]),
+        "error", "requeue", (), "tried again once",
+    ),
+    "unknown, of the driver, at its first step": (
+        replace(TRAINED, trained=False, failures=[failure(1, "AcceleratorError", LAUNCH)]),
+        "error", "requeue", ("node2",), "unspecified launch failure",
+    ),
+    "the same again": (
+        replace(
+            TRAINED,
+            failures=[failure(0, "OSError", SHUT_DOWN.replace("500", "600"))],
+            before=[UNKNOWN],
+        ),
+        "error", "stop", (), "as in an attempt before this one",
+    ),
+    "the same again, after a new checkpoint": (
+        replace(TRAINED, fruitless=0, failures=[UNKNOWN], before=[UNKNOWN]),
+        "error", "requeue", ("node2",), "tried again once",
+    ),
+    "another one": (
+        replace(TRAINED, failures=[UNKNOWN], before=[failure(1, "CudaError", LAUNCH)]),
+        "error", "requeue", ("node2",), "tried again once",
+    ),
+    "unknown, for the third time in a row": (
+        replace(TRAINED, fruitless=3, failures=[UNKNOWN]),
+        "error", "stop", ("node2",), "3 attempts in a row",
+    ),
+    "a user's error while it trains": (
+        replace(TRAINED, failures=[failure(1, "IndexError", "x", bases=("LookupError", "Exception"))]),
+        "error", "stop", (), "IndexError",
+    ),
+    "a user's error, and its unknown echo": (
+        replace(TRAINED, failures=[failure(0, "RuntimeError", "aborted"), failure(1, "ValueError", "bad", time=9.0)]),
+        "error", "stop", (), "rank 1: ValueError: bad",
+    ),
+    "an index out of range on a GPU": (
+        replace(TRAINED, failures=[failure(1, "AcceleratorError", "CUDA error: device-side assert triggered")]),
+        "error", "stop", (), "device-side assert",
+    ),
+    "unknown, by a rank whose peer was killed": (
+        replace(TRAINED, said=KILLED, failures=[failure(0, "RuntimeError", "aborted")]),
+        "lost", "requeue", ("node2",), "rank 1 on node2: left without a word: Killed",
+    ),
+    "unknown, as Slurm ends it": (
+        replace(TRAINED, told="over", failures=[UNKNOWN]),
+        "cancelled", "stop", (), "cancelled at once",
     ),
     "host is full": (replace(SEEN, said=FULL), "error", "stop", (), "rank 1 on node2: killed for using more memory"),
     "ECC": (replace(SEEN, failures=[PEER, failure(1, "CudaError", ECC)]), "hardware", "requeue", ("node2",), "ECC"),
