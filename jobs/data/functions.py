@@ -67,12 +67,17 @@ def judge(prompt: str, response: str) -> dict[str, float]:
     function = _parse(prompt + response)
     if function is None:
         return {"parses": 0.0, "clean": 0.0, "uses": 0.0}
-    a = function.args
-    parameters = {p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p}
+    own = set(_parameters(function))
     read, bound = _names(function)
-    unknown = {n for n in read - parameters - bound - NAMES if n.islower() and not n.startswith("_")}
-    uses = len(parameters & read) / len(parameters) if parameters else 1.0
+    unknown = {n for n in read - own - bound - NAMES if n.islower() and not n.startswith("_")}
+    uses = len(own & read) / len(own) if own else 1.0
     return {"parses": 1.0, "clean": float(not unknown), "uses": uses}
+
+
+def parameters(prompt: str) -> list[str]:
+    """The names of the parameters of the function that ``prompt`` begins; none where it begins no function."""
+    function = _parse(prompt + "    pass")
+    return _parameters(function) if function else []
 
 
 def _pairs(file: Path) -> Iterator[tuple[str, str]]:
@@ -113,6 +118,11 @@ def _parse(text: str) -> ast.FunctionDef | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     return body[0] if len(body) == 1 and isinstance(body[0], ast.FunctionDef) else None
+
+
+def _parameters(function: ast.FunctionDef) -> list[str]:
+    a = function.args
+    return [p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p]
 
 
 def _names(function: ast.FunctionDef) -> tuple[set[str], set[str]]:
