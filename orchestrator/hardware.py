@@ -24,7 +24,7 @@ TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64
 ALIGNED = {64: 1.0, 32: 0.95, 16: 0.87, 8: 0.7, 4: 1 / 16, 2: 1 / 16, 1: 1 / 16}
 # The best product measured [S] is that of the best shape alone on a cool chip. What large products hold through whole
 # steps: A100 240 to 250 of 271 [A, figure 4]; a Hopper is held back by its 700 W too. See docs/plan.md, "Constants".
-SUSTAINED = {"new": 0.90, "hopper": 0.82}
+SUSTAINED = {"new": 0.90, "hopper": 0.80}
 # Fused attention, forward and backward, of the best product: FlashAttention-2 reaches 50 to 73 % of an A100's peak
 # (arXiv:2307.08691), and 35 % of a Hopper's, whose new instructions it does not use (arXiv:2407.08608).
 FLASH = {"new": (0.60, 0.50), "hopper": (0.44, 0.36)}

@@ -39,6 +39,7 @@ class Software:
     kernel_s: float = 4e-6  # from the end of a kernel to the start of the next
     hides_tensor: str = "none"  # collectives of the tensor ranks run beside arithmetic: none, backward, all
     hides_data: bool = False  # gradients are reduced beside the last backward pass
+    fused_sum: bool = False  # the product that makes a weight's gradient adds it to the sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +127,10 @@ def layer(model: ModelSpec, c: Chip, b: int, t: int, sequence: bool, precision: 
     if model.position == "rope":
         moved, moved_back = (moved + 2 * width * m * (h + kv) / t), (moved_back + 2 * width * m * (h + kv) / t)
     weights = sum(n * k for _, n, k in shapes)
-    accumulated = weights * (width + 2 * software.grad_bytes)  # read the new gradient, read and write the sum
+    # read and write the sum; and read the new gradient, or where that is fused not write it either
+    accumulated = weights * (2 * software.grad_bytes + (-width if software.fused_sum else width))
     gap = 0.0 if c.cpu else software.kernel_s
-    volume = _ring_s(2.0 * width * m * h, t, c.link) + COLLECTIVE_S if t > 1 else 0.0
+    volume = _ring_s(2.0 * width * m * h, t, c.link) + COLLECTIVE_S + gap if t > 1 else 0.0
     tensor_forward, tensor_backward = _hide_tensor(2 * volume, forward, backward, software)
     return LayerTime(
         forward_s=forward + core[0] + moved / c.memory + FORWARD_KERNELS * gap,

@@ -26,8 +26,9 @@ H100 = ClusterSpec(
 )  # fmt: skip
 
 MEGATRON_2021 = Software(flash=False, lean_loss=False)
-MEGATRON_2022 = Software(flash=False, lean_loss=False, grad_bytes=4, hides_tensor="backward")
-MEGATRON_CORE = Software(lean_loss=False, grad_bytes=4, hides_tensor="all", hides_data=True)
+# Since February 2022 the products of the weights' gradients add to the fp32 sum themselves (Megatron-LM 83b1e42).
+MEGATRON_2022 = Software(flash=False, lean_loss=False, grad_bytes=4, hides_tensor="backward", fused_sum=True)
+MEGATRON_CORE = Software(lean_loss=False, grad_bytes=4, hides_tensor="all", hides_data=True, fused_sum=True)
 # A hundred microseconds from kernel to kernel: issued by Python, launched, run, waited for.
 MEGATRON_DEEPSPEED = Software(flash=False, lean_loss=False, kernel_s=100e-6)
 
@@ -183,8 +184,7 @@ def bloom() -> list[Row]:
 def megascale() -> list[Row]:
     m = gpt(96, 12288, 128, vocab=64000, dropout=0)
     plan = ParallelPlan(tensor=8, pipeline=8, interleave=6, recompute="selective", sequence=True, zero=1)
-    software = replace(MEGATRON_2022, hides_data=True)
-    return [
-        Row(f"M table 2, Megatron-LM on {gpus}", seconds, m, plan, gpus, batch, A100, software)
+    return [  # hiding what data ranks exchange is MegaScale's own (section 3.2), not the baseline's
+        Row(f"M table 2, Megatron-LM on {gpus}", seconds, m, plan, gpus, batch, A100, MEGATRON_2022)
         for gpus, batch, seconds in [(256, 768, 40.0), (1024, 768, 11.9), (6144, 6144, 14.78)]
     ]

@@ -27,10 +27,10 @@ OUTSIDE = {
     ("rows", "median", "most"),
     [
         (published.megatron_2021, 0.03, 0.15),
-        (published.megatron_2022, 0.07, 0.15),
+        (published.megatron_2022, 0.06, 0.15),
         (published.megatron_core, 0.06, 0.15),
         (published.bloom, 0.06, 0.15),
-        (published.megascale, 0.06, 0.06),
+        (published.megascale, 0.06, 0.08),
     ],
 )
 def test_published_steps(rows: Callable[[], list[published.Row]], median: float, most: float) -> None:
@@ -81,6 +81,13 @@ def test_sequence_parallel_saves_what_korthikanti_measured() -> None:
     assert forward[0] == pytest.approx(7.7, rel=0.05)
     assert forward[1] == pytest.approx(7.2, rel=0.05)
     assert 1e3 * plain.attention_s == pytest.approx(1.3, rel=0.15)
+
+
+def test_a_fused_sum_is_not_written_twice() -> None:
+    m, b, t = published.gpt(1, 12288, 96), 1, 8
+    plain, fused = (layer(m, A100, b, t, False, "bf16", Software(fused_sum=fused)) for fused in (False, True))
+    weights = 12 * m.hidden**2 / t  # the gradient of each is neither written nor read again, 2 bytes each time
+    assert plain.backward_s - fused.backward_s == pytest.approx(2 * 2 * weights / A100.memory)
 
 
 def test_the_bubble_is_narayanans() -> None:
