@@ -15,11 +15,11 @@ from typing import Any
 from launch import _slurm_container as images
 from orchestrator.errors import ConfigError
 from orchestrator.plan import estimate, signal_lead_s
-from orchestrator.recover import Patience
 from orchestrator.registry import find
 from orchestrator.run import Run
 from orchestrator.spec import Experiment
 from orchestrator.strict import Origin, convert, flatten
+from orchestrator.watch import Patience
 
 # What a job needs of the submitting shell; SLURM_* comes by itself. None of it is a secret.
 CARRIED = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH")

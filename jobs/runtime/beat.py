@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from jobs.runtime.job import Ranks
-from orchestrator.recover import Phase, Sign
 from orchestrator.run import Run
+from orchestrator.watch import Phase, Sign
 
 log = logging.getLogger(__name__)
 

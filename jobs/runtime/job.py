@@ -18,8 +18,8 @@ from orchestrator.spec import Experiment, StageSpec
 
 if TYPE_CHECKING:
     from jobs.runtime.beat import Beat
-    from orchestrator.recover import Phase
     from orchestrator.track import Metrics
+    from orchestrator.watch import Phase
 
 
 log = logging.getLogger(__name__)

@@ -34,8 +34,9 @@ from typing import Literal
 from jobs.runtime import beat
 from jobs.runtime.faults import attempt_name, is_current
 from orchestrator import recover, track
-from orchestrator.recover import Decision, Evidence, Frozen, Patience
+from orchestrator.recover import Decision, Evidence
 from orchestrator.run import Attempt, Run
+from orchestrator.watch import Frozen, Patience, Watch
 
 log = logging.getLogger("warden")
 
@@ -139,7 +140,7 @@ class Warden:
         srun = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", env=env)
         reader = threading.Thread(target=self._listen, args=[srun], daemon=True)
         reader.start()
-        watch = recover.Watch(self.world, self.patience, now=0.0)
+        watch = Watch(self.world, self.patience, now=0.0)
         frozen, look_at, heeded = None, 0.0, 0
         watched, last = 0.0, time.monotonic()  # a clock that stands still when this process does: `scontrol suspend`
         while srun.poll() is None:
