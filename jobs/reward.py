@@ -6,15 +6,16 @@ and how often it is right on held-out pairs, goes to `reward.json` in the run fo
 
 Metrics, on held-out pairs: `val/loss` is equation 1 in nats, `val/accuracy` the share of pairs in the right order, and
 `val/calibration_error` how far the share that is right is from the sigmoid of the difference, which claims it (the mean
-over ten bins of equal claims, weighted by pairs; Guo et al. 2017, arXiv:1706.04599).
+over ten bins of equal claims, weighted by pairs; Guo et al. 2017, arXiv:1706.04599). Where the lines of the examples
+have a `kind`, `reward.json` has the accuracy of each.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jobs.runtime.job import Job
@@ -24,13 +25,11 @@ if TYPE_CHECKING:
     import torch
 
     from jobs.data.preferences import Preferences
-    from jobs.engines import Engine
-    from jobs.runtime.loop import Samples
+    from jobs.engines import Batch, Engine
 
 PER_GPU = True
 FILE = "reward.json"  # in the run folder
 REFERENCE = 1024  # responses that the scores are normalised on, at most
-BINS = 10
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +47,7 @@ def run(job: Job) -> dict[str, float]:
     from jobs.data.examples import files_of
     from jobs.data.preferences import Preferences
     from jobs.nn.heads import Scorer
-    from jobs.runtime import loop, start
+    from jobs.runtime import loop, pairs, start
 
     data, seq_len, name = job.experiment.data, job.experiment.model.seq_len, job.options.examples
     chat = Chat.open(data)
@@ -57,12 +56,24 @@ def run(job: Job) -> dict[str, float]:
     log.info("%d prompts; left out: %s", train.samples_per_epoch, dict(train.left_out))
     job = start.limited_to(job, train.samples_per_epoch, job.options.epochs)
     engine = start.build(job, Scorer, loss)
-    loop.train(job, engine, train, held_out, judge=lambda *what: judge(job, engine, *what)[0])
-    values, curve = judge(job, engine, held_out, held_out.samples_per_epoch)
+
+    def told(samples: int) -> list[pairs.Pair]:
+        return pairs.told(job, held_out, samples, partial(differences, engine))
+
+    loop.train(job, engine, train, held_out, judge=lambda _, samples: pairs.measured(told(samples)))
+    every = told(held_out.samples_per_epoch)
     mean, std = reference_scores(job, engine, train)
+    facts = {
+        "mean": mean,
+        "std": std,
+        "accuracy": pairs.measured(every)["val/accuracy"],
+        "kinds": pairs.by_kind(every),
+        "template": chat.sha256,
+        "step": job.stage.steps,
+        "calibration": pairs.calibration(every),
+    }
     if job.ranks.rank == 0:
-        facts = {"mean": mean, "std": std, "accuracy": values["val/accuracy"], "template": chat.sha256}
-        write_json(job.run.folder / FILE, facts | {"step": job.stage.steps, "calibration": curve})
+        write_json(job.run.folder / FILE, facts)
     return {}
 
 
@@ -74,42 +85,17 @@ def loss(scores_RT: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tenso
     return pairwise_loss(better_P, worse_P, weight_P) / weight_P.sum()
 
 
+def differences(engine: Engine, batch: Batch) -> torch.Tensor:
+    """How much higher the better response of each pair scores, (P,). Collective."""
+    better_P, worse_P, _ = compared(engine.forward(batch).cpu(), batch)
+    return better_P - worse_P
+
+
 def compared(scores_RT: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Scores of the better and of the worse response of each pair, and its weight, (P,) each."""
     at = {name: batch[name].to(scores_RT.device) for name in ("last", "pairs", "pair_weight")}
     score_R = scores_RT.gather(1, at["last"][:, None])[:, 0]
     return score_R[at["pairs"][:, 0]], score_R[at["pairs"][:, 1]], at["pair_weight"]
-
-
-def judge(job: Job, engine: Engine, data: Samples, samples: int) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """The metrics over the first ``samples`` prompts, and what is in each bin of the calibration curve. Collective."""
-    from jobs.runtime import dist, loop
-
-    told: list[tuple[float, float, float]] = []  # of each pair: difference, weight, and 1 if it is right
-    for batch, count in loop.in_turns(job, data, samples):
-        better_P, worse_P, weight_P = compared(engine.forward(batch).cpu(), batch)
-        if count:
-            told += [
-                (d, w, float(d > 0)) for d, w in zip((better_P - worse_P).tolist(), weight_P.tolist(), strict=True)
-            ]
-    mine = told if not (job.place.tensor or job.place.pipeline) else []  # peers say the same
-    return measured([pair for of_rank in dist.gather(mine) for pair in of_rank])
-
-
-def measured(pairs: list[tuple[float, float, float]]) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """What ``judge`` returns, from the difference, weight and rightness of each pair."""
-    weight = sum(w for _, w, _ in pairs)
-    nats = sum(w * math.log1p(math.exp(-abs(d))) + w * max(-d, 0.0) for d, w, _ in pairs) / weight
-    curve = []
-    for low in range(BINS):
-        claims = [(1 / (1 + math.exp(-abs(d))), right) for d, _, right in pairs]  # from one half to one
-        inside = [(c, right) for c, right in claims if low <= min((c - 0.5) * 2 * BINS, BINS - 0.5) < low + 1]
-        if inside:
-            claimed, right = (sum(x) / len(inside) for x in zip(*inside, strict=True))
-            curve.append({"claimed": claimed, "right": right, "pairs": len(inside)})
-    error = sum(abs(b["claimed"] - b["right"]) * b["pairs"] for b in curve) / len(pairs)
-    accuracy = sum(right for *_, right in pairs) / len(pairs)
-    return {"val/loss": nats, "val/accuracy": accuracy, "val/calibration_error": error}, curve
 
 
 def reference_scores(job: Job, engine: Engine, data: Preferences) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
     {"prompt": ..., "response": "..."}              a demonstration, for `sft`
     {"messages": [{"role": ..., "content": ...}]}   the same, of several turns
-    {"prompt": ..., "responses": ["best", ...]}     ranked, best first, for `reward` and `dpo`
+    {"prompt": ..., "responses": ["best", ...]}     ranked, best first, for `reward` and `dpo`; perhaps with a `kind`
     {"prompt": ...}                                 for `ppo`; other keys are handed to a rule as they are
 
 A prompt is a text or a list of turns. A line that is not like that is an error with its number; what
@@ -47,6 +47,7 @@ class Ranked:
     """Responses to one prompt, best first, each with the prompt before it."""
 
     responses: list[Encoded]
+    kind: str = ""  # what the line says of itself: accuracy is told by kind too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def ranked(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) ->
         distinct = [e for i, e in enumerate(encoded) if e not in encoded[:i]]
         left_out["equal responses"] += len(encoded) - len(distinct)
         if len(distinct) > 1:
-            found.append(Ranked(responses=distinct))
+            found.append(Ranked(responses=distinct, kind=str(line.get("kind", ""))))
     return _some(found, files, left_out)
 
 

@@ -28,6 +28,7 @@ class Preferences:
     def __init__(self, files: Files, chat: Chat, *, seq_len: int, seed: int) -> None:
         self.left_out: Counter[str] = Counter()
         self.prompts: list[Ranked] = ranked(files, chat, longest=seq_len, left_out=self.left_out)
+        self.kinds = sorted({p.kind for p in self.prompts})
         self.end = chat.end
         self.tokenizer_sha256 = chat.tokenizer_sha256
         self.fingerprint = fingerprint(files, chat, "ranked", seq_len, seed)
@@ -44,7 +45,8 @@ class Preferences:
 
         ``tokens`` and ``targets``: (R, T) int64, padded on the right; ``learn``: (R, T) fp32, 1 where a target is the
         model's own to write; ``last``: (R,), the place of each response's last token; ``response``: (R,), its number
-        over all; ``pairs``: (P, 2), rows of the better and the worse; ``pair_weight``: (P,) fp32, 1 / C(K, 2) each.
+        over all; ``pairs``: (P, 2), rows of the better and the worse; ``pair_weight``: (P,) fp32, 1 / C(K, 2) each;
+        ``kind``: (P,), places in ``kinds``.
         """
         import torch
 
@@ -55,11 +57,12 @@ class Preferences:
         learn = np.zeros((len(rows), width + 1), np.float32)
         for row, (_, response) in enumerate(rows):
             tokens[row, : len(response.ids)], learn[row, : len(response.ids)] = response.ids, response.learn
-        pairs, weights, at = [], [], 0
+        pairs, weights, kinds, at = [], [], [], 0
         for i in chosen:
             k = len(self.prompts[i].responses)
             pairs += [(at + better, at + worse) for better, worse in combinations(range(k), 2)]
             weights += [2 / (k * (k - 1))] * (k * (k - 1) // 2)
+            kinds += [self.kinds.index(self.prompts[i].kind)] * (k * (k - 1) // 2)
             at += k
         arrays = {
             "tokens": tokens[:, :-1],
@@ -69,6 +72,7 @@ class Preferences:
             "response": np.array([n for n, _ in rows], np.int64),
             "pairs": np.array(pairs),
             "pair_weight": np.array(weights, np.float32),
+            "kind": np.array(kinds),
         }
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 

@@ -9,7 +9,9 @@ from jobs.data import bpe
 from jobs.data.chat import Chat
 from jobs.data.examples import Files
 from jobs.data.preferences import Preferences
-from jobs.reward import loss, measured
+from jobs.reward import loss
+from jobs.runtime.pairs import Pair, by_kind, calibration, measured
+from orchestrator.errors import DataError
 from orchestrator.spec import ChatSpec, DataSpec
 
 RESPONSES = [["aa", "b"], ["c", "dd", "eee", "f"], ["gg", "h", "i"]]
@@ -66,9 +68,14 @@ def test_the_loss_is_the_papers(data):
 def test_accuracy_and_calibration_of_known_pairs():
     """Differences of log 3 claim 3/4: with three of four right nothing is wrong, with two of four 1/4."""
     log3 = 1.0986122886681098
-    values, curve = measured([(log3, 0.5, 1.0)] * 3 + [(-log3, 0.5, 0.0)])
+    pairs = [Pair(log3, 0.5, "a")] * 3 + [Pair(-log3, 0.5, "b")]
+    values = measured(pairs)
     assert values["val/accuracy"] == 0.75
     assert values["val/calibration_error"] == pytest.approx(0)
     assert values["val/loss"] == pytest.approx((3 * 0.2876820724517809 + 1.3862943611198906) / 4)
-    assert curve == [{"claimed": pytest.approx(0.75), "right": 0.75, "pairs": 4}]
-    assert measured([(log3, 1.0, 1.0), (-log3, 1.0, 0.0)])[0]["val/calibration_error"] == pytest.approx(0.25)
+    assert calibration(pairs) == [{"claimed": pytest.approx(0.75), "right": 0.75, "pairs": 4}]
+    assert by_kind(pairs) == {"a": {"accuracy": 1, "pairs": 3}, "b": {"accuracy": 0, "pairs": 1}}
+    assert by_kind([Pair(log3, 1)]) == {}
+    assert measured([Pair(log3, 1), Pair(-log3, 1)])["val/calibration_error"] == pytest.approx(0.25)
+    with pytest.raises(DataError, match="no held-out pairs"):
+        measured([])
