@@ -1,4 +1,4 @@
-"""What a person looks at: the saved chart view, the server behind `orch ui`, its addresses, the loss curve.
+"""What a person looks at: the saved chart view, the server behind `orch ui`, its addresses, the pictures.
 
 MLflow opens an experiment on a page without curves. The curves of all its runs stand on the chart page of
 "compare runs", and which charts it draws is a *shared view*: JSON of the page's own state in a tag of the
@@ -209,7 +209,6 @@ def draw_loss(run: Run) -> Path | None:
     curves = {key: [(x["tokens"], x[key]) for x in lines if key in x] for key in ("train/loss", "val/loss")}
     if not any(curves.values()):
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -217,20 +216,54 @@ def draw_loss(run: Run) -> Path | None:
     for key, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), label=key, marker="o" if key == "val/loss" else "", ms=4, lw=1)
-    for i, (name, loss) in enumerate(sorted(dataset(run).get("baselines", {}).items())):
+    spec = run.spec()
+    text = spec.stages[run.stage].kind == "pretrain"  # what n-gram models are fitted on
+    baselines = dataset(spec.data.folder).get("baselines", {}) if text else {}
+    for i, (name, loss) in enumerate(sorted(baselines.items())):
         axes.axhline(loss, ls="--", lw=1, color=f"C{i + 2}", label=f"{name} {loss:.2f}")
     axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title=run.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    return _print(figure, path)
+
+
+def draw_calibration(run: Run) -> Path | None:
+    """Draw ``calibration.png`` of a reward model: how sure it was of held-out pairs, and how often it was right.
+
+    None where there is no ``reward.json``. Left alone where the picture is newer.
+    """
+    path, facts = run.folder / "calibration.png", run.folder / "reward.json"
+    curve = read_json(facts, {}).get("calibration")
+    if not curve or (path.exists() and path.stat().st_mtime_ns >= facts.stat().st_mtime_ns):
+        return path if curve else None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    most = max(b["pairs"] for b in curve)
+    axes.plot([0.5, 1], [0.5, 1], ls="--", lw=1, color="gray", label="as sure as it should be")
+    axes.plot([b["claimed"] for b in curve], [b["right"] for b in curve], lw=1, label="held-out pairs")
+    sizes = [10 + 150 * b["pairs"] / most for b in curve]
+    axes.scatter([b["claimed"] for b in curve], [b["right"] for b in curve], s=sizes)
+    accuracy = read_json(facts)["accuracy"]
+    title = f"{run.name}: right in {accuracy:.1%} of {sum(b['pairs'] for b in curve):,} pairs"
+    axes.set(xlabel="sigmoid of the difference of scores", ylabel="share in the right order", title=title)
+    return _print(figure, path)
+
+
+def _print(figure: Any, path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     FigureCanvasAgg(figure).print_png(temporary)
     temporary.replace(path)
     return path
 
 
-def dataset(run: Run) -> dict[str, Any]:
-    """What `prepare` says of the data this run reads; empty before it ran."""
+def dataset(folder: str) -> dict[str, Any]:
+    """What `prepare` says of the data in ``folder``; empty before it ran."""
     try:
-        return dict(read_json(Path(run.spec().data.folder) / "dataset.json", {}))
+        return dict(read_json(Path(folder) / "dataset.json", {}))
     except ValueError:  # damaged; the job itself says so
         return {}

@@ -1,4 +1,4 @@
-"""How a run enters MLflow: the experiment, the run with its tags and parameters, the data set it reads.
+"""How a run enters MLflow: the experiment, the run with its tags and parameters, what it reads and leaves behind.
 
 One MLflow experiment per chain and a flat run per stage, `1-pretrain`, `2-sft`: nested runs are folded away
 and draw no curves (seen in 3.17.2), so lineage stands in tags.
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import dashboard
+from orchestrator import dashboard, lineage
 from orchestrator.run import Run
 from orchestrator.store import MAX_PARAM_CHARS, MAX_PARAMS, Sent, mask
 
@@ -132,33 +132,90 @@ def _fit(value: str) -> str:
     return value[: MAX_PARAM_CHARS - len(note)] + note
 
 
-def log_dataset(client: "MlflowClient", run: Run, sent: Sent) -> str:
-    """Name the data set this run reads as its input; once, and not before `prepare` has written it.
+def log_inputs(client: "MlflowClient", run: Run, sent: Sent, folder: str) -> str:
+    """Name what this run reads as its inputs, ``folder`` and examples, and tag it with the checkpoints it loaded.
 
-    Returns the digest of what MLflow knows as the input.
+    Can be repeated, as more becomes known: MLflow keeps equal inputs once. Returns a digest of what it has.
     """
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.entities import DatasetInput, InputTag, RunTag
 
-    described = dashboard.dataset(run)
-    if not described or (digest := _digest(described)) == sent.dataset:
-        return sent.dataset
-    folder = Path(run.spec().data.folder).resolve()
-    entry = Dataset(
-        name=folder.name,
-        digest=digest,
-        source_type="local",
-        source=json.dumps({"uri": str(folder)}),
-        profile=json.dumps(described.get("sources")),
-    )
-    client.log_inputs(sent.run_id, datasets=[DatasetInput(entry, [InputTag("mlflow.data.context", "training")])])
+    read, loaded = lineage.noted(run)
+    corpus = _corpus(folder)
+    inputs = {"training": [corpus] if corpus else [], "examples": [_examples(*item) for item in read.items()]}
+    tags = {f"from.{stage}": f"step {was['step']}, manifest {was['manifest_sha256']}" for stage, was in loaded.items()}
+    known = [*tags.values(), *(entry.digest for entries in inputs.values() for entry in entries)]
+    digest = hashlib.sha256("".join(known).encode()).hexdigest() if known else ""
+    if digest == sent.dataset:
+        return digest
+    named = [
+        DatasetInput(entry, [InputTag("mlflow.data.context", use)])
+        for use, entries in inputs.items()
+        for entry in entries
+    ]
+    client.log_inputs(sent.run_id, datasets=named)
+    client.log_batch(sent.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     return digest
 
 
+def _corpus(folder: str) -> Any:
+    """The data set, once `prepare` has written it."""
+    described, place = dashboard.dataset(folder), Path(folder).resolve()
+    return described and _dataset(place.name, _digest(described), str(place), described.get("sources"))
+
+
+def _examples(file: str, digest: str) -> Any:
+    return _dataset(file if file.startswith("builtin:") else Path(file).name, digest, file)
+
+
+def _dataset(name: str, digest: str, uri: str, profile: Any = None) -> Any:
+    from mlflow.entities import Dataset
+
+    source, shown = json.dumps({"uri": uri}), profile and json.dumps(profile)
+    return Dataset(name=name, digest=digest[:32], source_type="local", source=source, profile=shown)  # of 36 at most
+
+
+def register(client: "MlflowClient", run: Run, sent: Sent) -> str:
+    """Make the newest checkpoint of ``run`` a version of the registered model `<experiment>-<stage>`, once.
+
+    No weights are copied. Returns the hash of the checkpoint's manifest; nothing where there is no checkpoint.
+    """
+    from mlflow.exceptions import MlflowException
+
+    saved = lineage.saved(run)
+    if saved is None or saved["manifest_sha256"] == sent.registered:
+        return sent.registered
+    name = f"{run.experiment}-{run.stage}"
+    try:
+        client.create_registered_model(name, tags={"chain": run.experiment, "stage": run.stage})
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    folder = run.checkpoints / f"step-{saved['step']:07d}"
+    there = client.search_model_versions(f"name = '{name}' and run_id = '{sent.run_id}'")
+    if saved["manifest_sha256"] not in [version.tags.get("manifest_sha256") for version in there]:
+        tags = {"orch.run": run.name, "orch.folder": str(folder), **saved, **lineage.measured(run)}
+        client.create_model_version(
+            name,
+            source=_source(client, sent, folder, saved),
+            run_id=sent.run_id,
+            tags={key: str(value) for key, value in tags.items()},
+        )
+    return saved["manifest_sha256"]
+
+
+def _source(client: "MlflowClient", sent: Sent, folder: Path, saved: lineage.Saved) -> str:
+    """Where a model version lies. A server takes only what is among the run's artifacts (measured, 3.17.2)."""
+    if not sent.uri.startswith("http"):
+        return folder.resolve().as_uri()
+    client.log_dict(sent.run_id, {"folder": str(folder), **saved}, "checkpoint/where.json")
+    return f"runs:/{sent.run_id}/checkpoint"
+
+
 def _digest(described: dict[str, Any]) -> str:
-    """One hash of all the hashes `prepare` noted, of tokenizer and shards; 32 characters, as MLflow takes 36."""
+    """One hash of all the hashes `prepare` noted, of tokenizer and shards."""
     sources = {
         name: {split: source.get(split) for split in ("train", "val")}
         for name, source in described.get("sources", {}).items()
     }
     content = json.dumps([described.get("tokenizer_sha256"), sources], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    return hashlib.sha256(content.encode()).hexdigest()

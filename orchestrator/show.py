@@ -221,7 +221,7 @@ def _reached(run: Run) -> list[str]:
     held_out = [line for line in trained if "val/loss" in line]
     if held_out:
         text = run.spec().stages[run.stage].kind == "pretrain"  # what n-gram models are fitted on
-        baselines = sorted(dataset(run).get("baselines", {}).items()) if text else []
+        baselines = sorted(dataset(run.spec().data.folder).get("baselines", {}).items()) if text else []
         found = {key.removeprefix("val/"): value for key, value in held_out[-1].items() if key.startswith("val/")}
         known = [f"{key.replace('_', ' ')} {value:.4f}" for key, value in found.items()]
         known += [f"{name} model {loss:.4f}" for name, loss in baselines]

@@ -53,7 +53,8 @@ class Sent:
     offset: int = 0  # bytes of metrics.jsonl behind us
     step: int = -1  # the highest one sent
     artifacts: dict[str, int] = field(default_factory=dict)  # file -> its st_mtime_ns, or checksum, when it was sent
-    dataset: str = ""  # digest of the one named as input
+    dataset: str = ""  # digest of what is named as inputs
+    registered: str = ""  # hash of the manifest of the checkpoint that is a model version
 
     @classmethod
     def load(cls, run: Run) -> "Sent":

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import dashboard, logbook
-from orchestrator.enroll import enroll, log_dataset
+from orchestrator.enroll import enroll, log_inputs, register
 from orchestrator.errors import LaunchError, TrackingError
 from orchestrator.run import Run, State, read_metrics, write_json
 from orchestrator.store import MAX_METRICS, Sent, connect, mask, tracking_uri
@@ -48,6 +48,9 @@ PATIENCE_S = 15.0  # the longest pause between two attempts to reach MLflow
 FAREWELL_S = 15.0  # how long a forwarder tries after the end of its job
 LOCK_S = 90.0  # more than one slow call to MLflow takes
 NOTE, MAX_NOTE = "mlflow.note.content", 5000  # MLflow's tag of a run's description; of at most 8000 characters
+FILES = ("spec.yaml", "plan.json", "plan.html", "loss-curve.png", "calibration.png")  # of the run folder
+SAMPLES, TABLES = "samples.json", "mlflow.loggedArtifacts"  # an artifact; MLflow's tag of the tables among them
+MAX_ROWS = 2000  # of samples in the table; older ones are in the run folder
 HEAD = ("step", "time", "attempt", "tokens")  # of a line; the rest are metrics
 STATUS: dict[State, str] = {
     "new": "SCHEDULED",
@@ -174,6 +177,7 @@ def open_runs(runs: Sequence[Run], uri: str | None) -> list[str]:
                 enroll(client, run, target)
         for run in runs:
             _send_files(client, run)
+            _send_inputs(client, run, run.spec().data.folder)
     return [Sent.load(run).run_id for run in runs]
 
 
@@ -203,18 +207,22 @@ def reconcile(run: Run, alive: bool) -> None:
 
 def _bring_up_to_date(run: Run, *, alive: bool | None) -> int:
     """Send lines, status and files; return the number of lines. ``alive`` None: the status is not ours to say."""
-    uri = tracking_uri(run.root, run.spec().tracking.uri)
+    spec = run.spec()
+    uri = tracking_uri(run.root, spec.tracking.uri)
     with connect(uri) as client:
         with run.lock("tracking", wait_s=LOCK_S):
             enroll(client, run, uri)
         if alive:  # said first: a long backlog may follow
             _set_status(client, run, alive=True)
         lines = _send_new(client, run)
+        _send_inputs(client, run, spec.data.folder)
+        _send_samples(client, run)
         if alive is False:
             _set_status(client, run, alive=False)
     if alive:
         return lines
     dashboard.draw_loss(run)
+    dashboard.draw_calibration(run)
     with connect(uri) as client:
         _send_files(client, run)
         if alive is False:
@@ -286,10 +294,10 @@ def _set_status(client: "MlflowClient", run: Run, *, alive: bool) -> None:
 
 
 def _send_files(client: "MlflowClient", run: Run) -> None:
-    """Send the spec, the plan and the loss curve as they are now, and name the data set; each once."""
+    """Send the spec, the plan and the pictures as they are now, each once; the last checkpoint as a model version."""
     with run.lock("tracking", wait_s=LOCK_S):
         sent = Sent.load(run)
-        for name in ("spec.yaml", "plan.json", "plan.html", "loss-curve.png"):
+        for name in FILES:
             path = run.folder / name
             if not path.exists() or path.stat().st_mtime_ns == sent.artifacts.get(name):
                 continue
@@ -298,8 +306,53 @@ def _send_files(client: "MlflowClient", run: Run) -> None:
             else:
                 client.log_text(sent.run_id, mask(path.read_text(encoding="utf-8")), name)
             sent.artifacts[name] = path.stat().st_mtime_ns
-        sent.dataset = log_dataset(client, run, sent)
+        if sent.status == STATUS["done"]:
+            sent.registered = register(client, run, sent)
         sent.save(run)
+
+
+def _send_inputs(client: "MlflowClient", run: Run, folder: str) -> None:
+    """Name what the run reads, once it is known."""
+    with run.lock("tracking", wait_s=LOCK_S):
+        sent = Sent.load(run)
+        if (digest := log_inputs(client, run, sent, folder)) != sent.dataset:
+            sent.dataset = digest
+            sent.save(run)
+
+
+def _send_samples(client: "MlflowClient", run: Run) -> None:
+    """Send what the run has written at its evaluations as one table, whole: the same however often it is sent."""
+    files = sorted((run.folder / "samples").glob("step-*.jsonl"), key=lambda f: (len(f.name), f.name))
+    if not files:
+        return
+    with run.lock("tracking", wait_s=LOCK_S):
+        sent = Sent.load(run)
+        newest = max(f.stat().st_mtime_ns for f in files)
+        if newest == sent.artifacts.get(SAMPLES):
+            return
+        client.log_text(sent.run_id, json.dumps(_table(files)), SAMPLES)
+        client.set_tag(sent.run_id, TABLES, json.dumps([{"path": SAMPLES, "type": "table"}]))
+        sent.artifacts[SAMPLES] = newest
+        sent.save(run)
+
+
+def _table(files: Sequence[Path]) -> dict[str, list[Any]]:
+    """The lines of ``files`` as MLflow's tables are: `columns` and `data`; nested values, such as rules, as text."""
+    rows = []
+    for file in reversed(files):  # the newest are what fits
+        step = int(file.stem.removeprefix("step-"))
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [{"step": step, **line} for line in lines] + rows
+        if len(rows) >= MAX_ROWS:
+            break
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return {"columns": columns, "data": [[_cell(row.get(key)) for key in columns] for row in rows]}
+
+
+def _cell(value: Any) -> Any:
+    """``value`` as a browser reads it: JSON has no NaN and no infinity."""
+    plain = isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else json.dumps(value)
 
 
 def _send_logbook(client: "MlflowClient", run: Run) -> None:

@@ -1,0 +1,223 @@
+"""What a run was made of: from the corpus to its checkpoint, with the hash of all that lies between.
+
+Read from the run folders and the data folder alone; MLflow is not asked. What a stage read and loaded is what its job
+noted when it started (``attempts/``), not what lies there now. Where that is something else, the tree says so.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from orchestrator.run import Checkpoint, Run, read_json
+from orchestrator.spec import Experiment
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+SHORT = 12  # characters of a hash on a terminal
+BUILTIN = "builtin:"
+
+
+class Saved(TypedDict):
+    """The newest checkpoint of a run."""
+
+    step: int
+    manifest_sha256: str
+    tokenizer_sha256: str
+    data_sha256: str  # its order and content: the fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One stage of a chain."""
+
+    run: str
+    kind: str
+    state: str  # `missing` where there is no run
+    mlflow_run_id: str
+    made_from: list[str]  # the stages it waits for
+    read: dict[str, str]  # files of examples, with their SHA-256
+    loaded: dict[str, Checkpoint]  # by stage
+    saved: Saved | None
+    measured: dict[str, float]  # on held-out data, last
+    changed: list[str]  # what is not any more what was read or loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """The corpus, and every stage that has a part in the last one, in order."""
+
+    corpus: dict[str, Any]  # folder, tokenizer, sources with sizes and hashes
+    stages: dict[str, Link]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `orch lineage --json` prints."""
+        return asdict(self)
+
+
+def of(run: Run) -> Lineage:
+    """Where ``run`` comes from."""
+    from orchestrator.submit import in_order, waits_for
+
+    experiment = run.spec()
+    order, wanted = in_order(experiment), {run.stage}
+    for name in reversed(order):
+        wanted |= {*waits_for(experiment, name)} if name in wanted else set()
+    corpus = _corpus(experiment)
+    links = {
+        name: _link(run.root, experiment, name, waits_for(experiment, name), corpus) for name in order if name in wanted
+    }
+    return Lineage(corpus=corpus, stages=links)
+
+
+def noted(run: Run) -> tuple[dict[str, str], dict[str, Checkpoint]]:
+    """The examples that the attempts of ``run`` read and the checkpoints of other stages that they loaded, newest."""
+    read: dict[str, str] = {}
+    loaded: dict[str, Checkpoint] = {}
+    for attempt in run.attempts():
+        read |= attempt.read
+        loaded |= attempt.loaded
+    return read, loaded
+
+
+def saved(run: Run) -> Saved | None:
+    """The newest checkpoint of ``run``; None where there is none."""
+    from jobs.runtime import checkpoint
+
+    for step in checkpoint.committed(run.checkpoints):
+        folder = checkpoint.folder_of(run.checkpoints, step)
+        identity = read_json(folder / checkpoint.STATE, {}).get("identity", {})
+        return {
+            "step": step,
+            "manifest_sha256": sha256(folder / checkpoint.MANIFEST),
+            "tokenizer_sha256": identity.get("tokenizer", ""),
+            "data_sha256": identity.get("data", ""),
+        }
+    return None
+
+
+def measured(run: Run) -> dict[str, float]:
+    """What ``run`` last reached on held-out data."""
+    last: dict[str, float] = {}
+    for line in run.metrics().values():
+        last |= {key: value for key, value in line.items() if key.startswith("val/")}
+    return last
+
+
+def sha256(file: Path) -> str:
+    """Of the content of ``file``."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _link(root: Path, experiment: Experiment, stage: str, made_from: list[str], corpus: dict[str, Any]) -> Link:
+    from orchestrator.submit import state
+
+    folder, kind = root / experiment.name / stage, experiment.stages[stage].kind
+    if not (folder / "run.json").exists():
+        run = Run(folder=folder, experiment=experiment.name, stage=stage, index=0, key="")
+    else:
+        run = Run.load(folder)
+    read, loaded = noted(run)
+    here = saved(run)
+    return Link(
+        run=run.name,
+        kind=kind,
+        state=state(run) if run.key else "missing",
+        mlflow_run_id=read_json(folder / "tracking.json", {}).get("run_id", ""),
+        made_from=made_from,
+        read=read,
+        loaded=loaded,
+        saved=here,
+        measured=measured(run),
+        changed=[*_changed(run, read, loaded), *_retokenized(here, corpus)],
+    )
+
+
+def _changed(run: Run, read: dict[str, str], loaded: dict[str, Checkpoint]) -> Iterator[str]:
+    """What ``run`` read and loaded and is not the same any more. Of a checkpoint that was retired nothing is said."""
+    from jobs.runtime import checkpoint
+
+    for file, digest in read.items():
+        if file.startswith(BUILTIN):
+            continue
+        now = sha256(Path(file)) if Path(file).is_file() else ""
+        if now != digest:
+            yield f"`{file}` was {digest[:SHORT]}, and is {now[:SHORT] or 'gone'}"
+    for stage, was in loaded.items():
+        manifest = checkpoint.folder_of(run.folder.parent / stage / "checkpoints", was["step"]) / checkpoint.MANIFEST
+        if manifest.exists() and (now := sha256(manifest)) != was["manifest_sha256"]:
+            yield f"step {was['step']} of `{stage}` was {was['manifest_sha256'][:SHORT]}, and is {now[:SHORT]}"
+
+
+def _retokenized(here: Saved | None, corpus: dict[str, Any]) -> Iterator[str]:
+    was, now = (here or {}).get("tokenizer_sha256", ""), corpus.get("tokenizer_sha256", "")
+    if was and now and was != now:
+        yield f"the tokenizer was {was[:SHORT]}, and `{corpus['folder']}` has {now[:SHORT]}"
+
+
+def _corpus(experiment: Experiment) -> dict[str, Any]:
+    """What `prepare` committed; no more than the folder before it did."""
+    folder = Path(experiment.data.folder)
+    record = read_json(folder / "dataset.json", {})
+    keys = ("tokenizer_sha256", "vocab", "sources")
+    return {"folder": str(folder)} | {key: record[key] for key in keys if key in record}
+
+
+# On a terminal
+
+
+def tree(lineage: Lineage) -> "Tree":
+    """The corpus as the root; each stage under the last of those it was made from."""
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    corpus = lineage.corpus
+    root = Tree(f"[bold]corpus[/] {escape(corpus['folder'])}", guide_style="dim")
+    if "vocab" in corpus:
+        root.add(f"tokenizer {corpus['vocab']:,} tokens {_hash(corpus['tokenizer_sha256'])}")
+    for name, source in corpus.get("sources", {}).items():
+        for split in ("train", "val"):
+            if found := source.get(split):
+                root.add(f"source {escape(name)}, {split}: {_sizes(found)} {_hash(found.get('bin_sha256', ''))}")
+    placed: dict[str, Tree] = {}
+    for name, link in lineage.stages.items():
+        parents = [placed[other] for other in lineage.stages if other in link.made_from and other in placed]
+        placed[name] = (parents[-1] if parents else root).add(_title(name, link))
+        for line in _lines(link):
+            placed[name].add(line)
+    return root
+
+
+def _title(name: str, link: Link) -> str:
+    from orchestrator.show import STYLES
+
+    mlflow = f" [dim]MLflow {link.mlflow_run_id}[/]" if link.mlflow_run_id else ""
+    kind = f" ({link.kind})" if link.kind != name else ""
+    return f"[bold]{name}[/]{kind} [{STYLES.get(link.state, 'dim')}]{link.state}[/]{mlflow}"
+
+
+def _lines(link: Link) -> Iterator[str]:
+    from rich.markup import escape
+
+    for stage, was in link.loaded.items():
+        yield f"from `{stage}` at step {was['step']} {_hash(was['manifest_sha256'])}"
+    for file, digest in link.read.items():
+        yield f"read {escape(file)} {_hash(digest)}"
+    if link.saved:
+        yield f"checkpoint at step {link.saved['step']} {_hash(link.saved['manifest_sha256'])}"
+    if link.measured:
+        yield ", ".join(f"{key.removeprefix('val/')} {value:.4g}" for key, value in link.measured.items()) + " held out"
+    for what in link.changed:
+        yield f"[bold red]changed since[/]: {escape(what)}"
+
+
+def _sizes(split: dict[str, Any]) -> str:
+    size = f", {split['bytes'] / 1e6:,.1f} MB" if "bytes" in split else ""
+    return f"{split['documents']:,} documents{size}, {split['tokens']:,} tokens"
+
+
+def _hash(digest: str) -> str:
+    return f"[dim]{digest[:SHORT]}[/]"
