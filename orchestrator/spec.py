@@ -273,7 +273,7 @@ class Limits:
     refused: tuple[Refusal, ...] = ()
     owned: tuple[str, ...] = ()  # keys of engine_config, dotted, that the plan sets
     # keys and sections of engine_config, dotted, shown not to change what is computed, and what each is for
-    allowed: Mapping[str, str] = field(default_factory=dict)
+    allowed: dict[str, str] = field(default_factory=dict)
     full_pipeline: bool = False  # a pipeline takes no fewer micro-batches than it has stages
 
     def refusals(self, stage: StageSpec) -> list[Refusal]:

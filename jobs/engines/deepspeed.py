@@ -112,6 +112,21 @@ def config(stage: StageSpec, ranks: Ranks) -> dict[str, Any]:
         zero["offload_param"] = {"device": "cpu"}
     plan = {
         "train_batch_size": stage.global_batch,
+    allowed={  # https://www.deepspeed.ai/docs/config-json/; held against plain PyTorch by test_engines
+        "zero_optimization.reduce_bucket_size": "how many gradients are summed at once",
+        "zero_optimization.allgather_bucket_size": "how many weights are gathered at once",
+        "zero_optimization.overlap_comm": "when gradients are summed",
+        "zero_optimization.contiguous_gradients": "where gradients lie in memory",
+        "zero_optimization.sub_group_size": "how many weights ZeRO-3 updates at once",
+        "zero_optimization.stage3_prefetch_bucket_size": "how many weights are gathered ahead",
+        "zero_optimization.stage3_param_persistence_threshold": "which small weights stay gathered",
+        "zero_optimization.stage3_model_persistence_threshold": "how many small weights stay gathered",
+        "zero_optimization.stage3_max_live_parameters": "how many weights are gathered at a time",
+        "pipeline.partition": "which blocks a pipeline rank holds: `uniform` (as many on each) or `parameters`",
+        "wall_clock_breakdown": "prints times",
+        "comms_logger": "prints collectives",
+        "flops_profiler": "prints operations",
+    },
         "train_micro_batch_size_per_gpu": p.micro_batch,
         "gradient_clipping": 0.0 if clips_itself(stage) else stage.optimizer.clip,
         "zero_allow_untested_optimizer": True,

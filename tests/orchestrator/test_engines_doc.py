@@ -75,7 +75,15 @@ def refusals():
 
 def test_the_tables_are_those_of_limits():
     text = DOC.read_text()
-    for name, made in (("layouts", table()), ("refusals", refusals())):
+    for name, made in (("layouts", table()), ("refusals", refusals()), ("settings", settings())):
+def settings():
+    """Every key that an engine takes of `engine_config`."""
+    lines = ["| key | it changes |", "|---|---|"]
+    taken = {engine: find("jobs.engines", engine).LIMITS.allowed for engine in ENGINES}
+    assert [engine for engine in ENGINES if taken[engine]] == ["deepspeed"]
+    return "\n".join(lines + [f"| `{key}` | {what} |" for key, what in taken["deepspeed"].items()])
+
+
         between = re.compile(f"(?<=<!-- {name}: made of LIMITS -->\n\n).*?(?=\n*<!-- end -->)", re.DOTALL)
         assert between.search(text), f"docs/engines.md has no place for `{name}`"
         if os.environ.get("ORCH_UPDATE_GOLDEN"):

@@ -187,7 +187,7 @@ RULES = [
     ),
     ([f"{S}.parallel.offload=all"], "cannot run `parallel.offload=all`, `parallel.zero=1`: ", "`zero: 3`"),
     ([f"{S}.engine_config.zero_optimization.stage=3"], "zero_optimization.stage` is the plan's to set", "take it out"),
-    ([f"{S}.engine_config={{bf16: {{enabled: true}}}}"], "engine_config.bf16` is the plan's to set", "take it out"),
+    ([f"{S}.engine_config={{bf16: {{enabled: true}}}}"], "config.bf16.enabled` is the plan's to set", "take it out"),
     ([f"{S}.engine=torch", f"{S}.engine_config.x=1"], "engine `torch` takes none", "take them out"),
     ([f"{S}.engine_config.prescale_gradients=true"], "`deepspeed` has not been shown to compute the same with it", ""),
     ([f"{S}.engine_config.zero_optimization=3"], "engine_config.zero_optimization`: engine", "did you mean"),
@@ -217,8 +217,9 @@ def test_broken_rules(overrides: list[str], message: str, hint: str) -> None:
 @pytest.mark.parametrize(
     "key",
     """zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients communication_data_type
-    zero_optimization.zero_hpz_partition_size zero_optimization.mics_shard_size sparse_gradients torch_autocast.enabled
-    data_types.grad_accum_dtype compression_training.x curriculum_learning.enabled steps_per_print amp""".split(),
+    zero_optimization.zero_hpz_partition_size zero_optimization.mics_shard_size sparse_gradients
+    zero_optimization.stage3_max_reuse_distance torch_autocast.enabled data_types.grad_accum_dtype
+    compression_training.x curriculum_learning.enabled steps_per_print amp""".split(),
 )
 def test_keys_of_deepspeed_that_nobody_has_proven_equal_are_refused(key: str) -> None:
     (problem,) = check(compose("gpt3-125m", [f"{S}.engine_config.{key}=1"]).experiment, "pretrain")

@@ -23,6 +23,23 @@ BATCH, STEPS, LR = 8, 6, 3e-3
 TORCH = {"ddp": ("torch", 0), "zero2": ("torch", 2), "fsdp2": ("torch", 3)}
 DEEPSPEED = {f"ds{z}": ("deepspeed", z) for z in range(4)}
 ENGINES = {"torch": torch_engine, "deepspeed": deepspeed_engine}
+# Every key of DeepSpeed that `orch plan` lets pass, each away from its default; sizes are smaller than the model.
+SETTINGS = {
+    "zero_optimization": {
+        "reduce_bucket_size": 3000,
+        "allgather_bucket_size": 3000,
+        "overlap_comm": True,
+        "contiguous_gradients": False,
+        "sub_group_size": 5000,
+        "stage3_prefetch_bucket_size": 1000,
+        "stage3_param_persistence_threshold": 100,
+        "stage3_model_persistence_threshold": 1000,
+        "stage3_max_live_parameters": 4000,
+    },
+    "wall_clock_breakdown": True,
+    "comms_logger": {"enabled": True, "verbose": False},
+    "flops_profiler": {"enabled": True, "profile_step": 2},
+}
 
 
 def _stage(engine, zero, **changes):
@@ -113,6 +130,7 @@ def test_fp32_equals_plain_pytorch(world, reference):
     cases = {name: (_stage(*case), MODEL) for name, case in (TORCH | DEEPSPEED).items()}
     cases["ds2-offload"] = (_stage("deepspeed", 2, offload="optimizer"), MODEL)
     cases["ds3-offload"] = (_stage("deepspeed", 3, offload="all"), MODEL)
+    cases |= {f"ds{z}-settings": (_stage("deepspeed", z, engine_config=SETTINGS), MODEL) for z in range(4)}
     results = run_ranks(_parity, world, cases)
     assert all(r == results[0] for r in results), "the ranks disagree about what they report"
     forwards = [forward for _, forward, _ in results[0].values()]
@@ -120,6 +138,13 @@ def test_fp32_equals_plain_pytorch(world, reference):
         _check(losses, reference, 1e-5)
         assert forward == pytest.approx(forwards[0], abs=1e-5)
         assert elements == MODEL.params
+
+
+def test_every_setting_that_passes_was_held_against_plain_pytorch():
+    """`pipeline.partition` in test_parallel, the others above."""
+    inside = {f"zero_optimization.{key}" for key in SETTINGS["zero_optimization"]}
+    seen = inside | SETTINGS.keys() - {"zero_optimization"} | {"pipeline.partition"}
+    assert seen == deepspeed_engine.LIMITS.allowed.keys()
 
 
 def test_bf16_stays_near_fp32(reference):
