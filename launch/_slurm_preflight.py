@@ -282,7 +282,7 @@ def _place(request: Mapping[str, Any], file: Path) -> dict[str, Any]:
     ranks = Ranks.from_env(told)
     at = place(ranks.rank, ranks.world, ParallelPlan(**request["parallel"]))
     return asdict(ranks) | {
-        "place": (at.data, at.pipeline, at.tensor),
+        "place": (at.data * at.ulysses_size + at.ulysses, at.pipeline, at.tensor),  # data and ulysses as one axis
         "node": told["SLURMD_NODENAME"],
         "rendezvous": rendezvous(told),
         "torch": told["torch"] == "True",

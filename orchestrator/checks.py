@@ -13,15 +13,25 @@ from orchestrator.failures import limit_s, storage_gb
 from orchestrator.hardware import lacks_bf16
 from orchestrator.registry import did_you_mean, find
 from orchestrator.schedule import total_tokens
-from orchestrator.spec import ClusterSpec, DataSpec, Experiment, Limits, ModelSpec, StageSpec
+from orchestrator.spec import (
+    CHECKPOINT_BYTES_PER_PARAM,
+    ClusterSpec,
+    DataSpec,
+    Experiment,
+    Limits,
+    ModelSpec,
+    ParallelPlan,
+    StageSpec,
+)
 from orchestrator.store import mask
 
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 1": (
         lambda x: x >= 1,
         "model.layers model.hidden model.heads model.vocab model.seq_len model.kv_heads model.ffn_hidden "
-        "model.window cluster.gpus_per_node cluster.nodes parallel.nodes parallel.tensor parallel.pipeline "
-        "parallel.micro_batch global_batch eval_samples save_every keep schedule.ramp_from schedule.ramp_step",
+        "model.window cluster.gpus_per_node cluster.nodes parallel.nodes parallel.tensor parallel.ulysses "
+        "parallel.pipeline parallel.micro_batch global_batch eval_samples save_every keep "
+        "schedule.ramp_from schedule.ramp_step",
     ),
     "more than 0": (
         lambda x: 0 < x < math.inf,
@@ -41,9 +51,6 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-CHECKPOINT_BYTES_PER_PARAM = {"bf16": 14, "fp32": 12}  # weights, and what the optimizer keeps in fp32
-
-
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One broken rule."""
@@ -54,7 +61,9 @@ class Problem:
 
 def checkpoint_gb(model: ModelSpec, stage: StageSpec) -> float:
     """Size of one checkpoint of ``stage``."""
-    return model.params * CHECKPOINT_BYTES_PER_PARAM[stage.precision] / 1e9
+    each = CHECKPOINT_BYTES_PER_PARAM
+    whole = 2 * each + 4 if stage.kind == "ppo" else each  # actor and critic, and the actor's average
+    return model.params * whole / 1e9
 
 
 def check(experiment: Experiment, name: str) -> list[Problem]:
@@ -189,6 +198,7 @@ def _split(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec)
                 message=f"`model.{key}` {size} does not split over `{where}.parallel.tensor` {p.tensor}",
                 hint=f"`{where}.parallel.tensor` may be {tensors}",
             )
+    yield from _rows(where, p, model)
     sizes = {"ffn_hidden": model.ffn, **({"seq_len": model.seq_len} if p.sequence else {})}
     for key, size in sizes.items():  # not the vocabulary: some ranks hold a row of it more (jobs/nn/cut.py)
         if size % p.tensor:
@@ -198,19 +208,30 @@ def _split(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec)
             )
 
 
+def _rows(where: str, p: ParallelPlan, model: ModelSpec) -> Iterator[Problem]:
+    """Heads and tokens over the ranks that share a row."""
+    heads = math.gcd(model.heads, model.kv_heads or model.heads)
+    for key, size in {"heads": model.heads, "kv_heads": model.kv_heads, "seq_len": model.seq_len}.items():
+        if size and size % p.ulysses:
+            yield Problem(
+                message=f"`model.{key}` {size} does not split over `{where}.parallel.ulysses` {p.ulysses}",
+                hint=f"`{where}.parallel.ulysses` may be {_any(_divisors(math.gcd(heads, model.seq_len), p.ulysses))}",
+            )
+
+
 def _batch(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Problem]:
-    """World over tensor x pipeline, batches over data x micro_batch."""
+    """World over the ranks of a replica, batches over data x micro_batch."""
     p, s = stage.parallel, stage.schedule
-    world, cut = p.nodes * cluster.gpus_per_node, p.tensor * p.pipeline
-    if world % cut:
-        unit = math.lcm(cut, cluster.gpus_per_node) // cluster.gpus_per_node
+    world = p.nodes * cluster.gpus_per_node
+    if world % p.replica:
+        unit = math.lcm(p.replica, cluster.gpus_per_node) // cluster.gpus_per_node
         yield Problem(
-            message=f"`{where}`: {world} GPUs ({p.nodes} nodes x {cluster.gpus_per_node}) do not divide by tensor "
-            f"{p.tensor} x pipeline {p.pipeline} = {cut}",
+            message=f"`{where}`: {world} GPUs ({p.nodes} nodes x {cluster.gpus_per_node}) do not divide by "
+            f"{p.replica_words}",
             hint=f"`{where}.parallel.nodes` may be {_any(_multiples(p.nodes, unit))}",
         )
         return
-    data = world // cut
+    data = world // p.replica
     each = data * p.micro_batch
     batches = {"global_batch": stage.global_batch, "schedule.ramp_from": s.ramp_from, "schedule.ramp_step": s.ramp_step}
     for key, size in batches.items():
@@ -219,12 +240,19 @@ def _batch(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Probl
                 message=f"`{where}.{key}` {size} does not divide by data {data} x micro_batch {p.micro_batch} = {each}",
                 hint=f"`{where}.{key}` may be {_any(_multiples(size, each))}",
             )
+    parts = stage.options["minibatches"] if stage.kind == "ppo" else 1
+    if stage.global_batch % each == 0 and stage.global_batch % (parts * each):
+        yield Problem(
+            message=f"`{where}.global_batch` {stage.global_batch} does not divide by `options.minibatches` {parts} x "
+            f"data {data} x micro_batch {p.micro_batch} = {parts * each}",
+            hint=f"`{where}.global_batch` may be {_any(_multiples(stage.global_batch, parts * each))}",
+        )
 
 
 def _rounds(where: str, stage: StageSpec, cluster: ClusterSpec, limits: Limits) -> Iterator[Problem]:
     """Micro-batches that fill a pipeline; interleaved, they come in rounds of as many as there are stages."""
     p, s = stage.parallel, stage.schedule
-    data, left = divmod(p.nodes * cluster.gpus_per_node, p.tensor * p.pipeline)
+    data, left = divmod(p.nodes * cluster.gpus_per_node, p.replica)
     if left or p.pipeline == 1:
         return
     stages, each = p.pipeline, data * p.micro_batch

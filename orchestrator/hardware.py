@@ -89,7 +89,7 @@ def chip(cluster: ClusterSpec, precision: str = "bf16") -> Chip:
 
 
 @cache
-def matmul_s(c: Chip, m: int, n: int, k: int, *, batch: int = 1, width: int = 2) -> float:
+def matmul_s(c: Chip, m: int, n: int, k: int, *, batch: float = 1, width: int = 2) -> float:
     """Seconds of ``batch`` products (m, k) x (k, n): whole waves of tiles, then the result is written.
 
     The slowest of arithmetic and reading counts, for they overlap; the last tiles' writing does not [G].
@@ -108,7 +108,7 @@ def _aligned(*dims: int) -> float:
     return min(ALIGNED[min(64, d & -d)] for d in dims)
 
 
-def attention_s(c: Chip, s: int, d: int, heads: int, *, backward: bool, causal: bool) -> float:
+def attention_s(c: Chip, s: int, d: int, heads: float, *, backward: bool, causal: bool) -> float:
     """Seconds of fused attention over ``heads`` (times batch) of width ``d``: 4 s^2 d flops, backward 2.5 times."""
     flops = 4.0 * s * s * d * heads * (0.5 if causal else 1.0)
     return (2.5 if backward else 1.0) * flops / (c.flash[int(backward)] * (1.0 if c.cpu else _aligned(d)))

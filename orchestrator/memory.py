@@ -92,7 +92,8 @@ def rank_bytes(
     p, part = stage.parallel, slice_of(model, stage, index, micro_batches)
     each = states(stage, data, micro_batches)
     mine = sharded_params(model, part, p.tensor)
-    # [R] figure 1: each level spreads one more part over the data ranks.
+    data *= p.ulysses
+    # [R] figure 1: each level spreads one more part over the data ranks, and the ranks that share their rows.
     weights = each.weights * mine / (data if p.zero >= 3 or _torch_shards(stage) else 1)
     gradients = each.gradients * mine / (data if p.zero >= 2 else 1)
     optimizer = each.optimizer * mine / (data if p.zero >= 1 else 1)
@@ -142,7 +143,7 @@ def activation_bytes(
     p = stage.parallel
     width = 2 if stage.precision == "bf16" else 4
     per_layer = layer_activation_bytes(model, stage, flash=flash)
-    tokens = model.seq_len * p.micro_batch
+    tokens = model.seq_len * p.micro_batch / p.ulysses
     rows = tokens * model.hidden / (p.tensor if p.sequence else 1)
     held = per_layer * part.layers * part.in_flight
     at_work = width * tokens * (model.ffn / p.tensor + model.hidden)  # gradients of the feed-forward and the stream
@@ -178,10 +179,12 @@ def layer_activation_bytes(
     if not (p.sequence and keeps_gathered):
         whole, gathered = whole + gathered, 0
     queries = h + 2 * model.kv_hidden + h  # q, k, v and the attention's output
-    if model.position == "rope":
+    if p.ulysses > 1:
+        queries += h  # the output on either side of the exchange
+    elif model.position == "rope":
         queries += h + model.kv_hidden  # q and k before the turn lie in the same memory as v, which is kept
     up = (4 if model.activation == "swiglu" else 2) * f  # before and behind the activation
-    rows = model.seq_len * p.micro_batch
+    rows = model.seq_len * p.micro_batch / p.ulysses
     split = width * (queries + up) / p.tensor
     scores = 0.0 if flash or p.recompute == "selective" else score_bytes(model, stage)
     return rows * (whole / (p.tensor if p.sequence else 1) + gathered + split) + scores
@@ -192,14 +195,14 @@ def score_bytes(model: ModelSpec, stage: StageSpec) -> float:
     p = stage.parallel
     width = 2 if stage.precision == "bf16" else 4
     each = width + (width + 1 if model.dropout else 0)
-    return each * model.heads * model.seq_len**2 * p.micro_batch / p.tensor
+    return each * model.heads * model.seq_len**2 * p.micro_batch / (p.tensor * p.ulysses)
 
 
 def logit_bytes(model: ModelSpec, stage: StageSpec, *, on_gpu: bool) -> float:
     """Logits that the loss keeps, and the fp32 pieces it works in (jobs/nn/losses.py)."""
     p = stage.parallel
     width = 2 if stage.precision == "bf16" else 4
-    rows = model.seq_len * p.micro_batch
+    rows = model.seq_len * p.micro_batch / p.ulysses
     logits = min(LOGITS_BYTES, width * rows * model.vocab / p.tensor)
     piece = min(PIECE_BYTES["gpu" if on_gpu else "cpu"], 4 * rows * model.vocab / p.tensor)
     hidden = 3 * width + (4 if _stream_bytes(stage) > width else 0)  # what the head reads, its gradient, the norm's

@@ -48,6 +48,7 @@ class Estimate:
     world: int
     data: int
     tensor: int
+    ulysses: int
     pipeline: int
     micro_batches: int  # per pipeline, in a step of the full batch
     memory_gb: dict[str, float]  # of the fullest rank, by memory.PARTS, and their total
@@ -140,6 +141,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         world=world,
         data=data,
         tensor=p.tensor,
+        ulysses=p.ulysses,
         pipeline=p.pipeline,
         micro_batches=micro_batches,
         memory_gb=memory_gb,
@@ -173,7 +175,7 @@ def layout(stage: StageSpec, cluster: ClusterSpec) -> tuple[int, int, int]:
     """World, data ranks, and micro-batches per pipeline of a full batch."""
     p = stage.parallel
     world = p.nodes * cluster.gpus_per_node
-    data = world // (p.tensor * p.pipeline)
+    data = world // p.replica
     return world, data, stage.global_batch // (data * p.micro_batch)
 
 

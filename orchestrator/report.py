@@ -61,7 +61,7 @@ def _facts(e: Estimate) -> dict[str, str]:
     return {
         "engine": e.engine,
         "parameters": f"{e.params:,}",
-        "ranks = data x pipeline x tensor": f"{e.world} = {e.data} x {e.pipeline} x {e.tensor}",
+        "ranks = data x pipeline x ulysses x tensor": f"{e.world} = {e.data} x {e.pipeline} x {e.ulysses} x {e.tensor}",
         "memory of the fullest rank": f"{e.memory_gb['total']:.1f} of {e.gpu_memory_gb:g} GB",
         "step": f"{duration(e.step_s)} (give or take {e.step_band:.0%})",
         "speed": f"{e.tokens_per_s:,.0f} tokens/s, MFU {e.mfu:.1%}, HFU {e.hfu:.1%}",

@@ -16,7 +16,7 @@ from orchestrator.spec import Experiment, Limits, ModelSpec, ParallelPlan, Stage
 
 Goal = Literal["speed", "money", "nodes"]
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-KEYS = ("nodes", "tensor", "pipeline", "interleave", "sequence", "zero", "micro_batch", "recompute")
+KEYS = ("nodes", "tensor", "ulysses", "pipeline", "interleave", "sequence", "zero", "micro_batch", "recompute")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,8 @@ def _plan(e: Mapping[str, Any]) -> dict[str, str]:
     return {
         "engine": e["engine"],
         "params": _count(e["params"]),
-        "layout": f"{e['world']} = {e['data']} x {e['pipeline']} x {e['tensor']}",
+        "layout": f"{e['world']} = {e['data']} x {e['pipeline']} x {e['tensor']}"
+        + (f" x ulysses {e['ulysses']}" if e["ulysses"] > 1 else ""),
         "memory": memory if e["fits"] else f"[bold red]{memory}: too much[/]",
         "step": duration(e["step_s"]),
         "tokens/s": f"{e['tokens_per_s']:,.0f}",

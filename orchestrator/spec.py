@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Zero = Literal[0, 1, 2, 3]
+CHECKPOINT_BYTES_PER_PARAM = 12  # in any precision: fp32 weights and AdamW's two moments (jobs/runtime/pieces.py)
+DEGREES = ("tensor", "ulysses", "pipeline", "interleave")  # of ParallelPlan: 1 is off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,17 +170,30 @@ class ClusterSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
-    """How one stage is cut over ranks: world = nodes x gpus_per_node = data x pipeline x tensor."""
+    """How one stage is cut over ranks: world = nodes x gpus_per_node = data x pipeline x ulysses x tensor."""
 
     nodes: int = 1
     tensor: int = 1
     pipeline: int = 1
     interleave: int = 1  # chunks of layers each pipeline rank holds (arXiv:2104.04473, section 2.2)
     sequence: bool = False  # norms and residuals sharded over the tensor ranks too (arXiv:2205.05198, section 4.2.2)
+    ulysses: int = 1  # ranks that share the tokens of a sequence, and exchange them for heads (arXiv:2309.14509)
     zero: Zero = 0  # 1: optimizer, 2: + gradients, 3: + weights sharded over data (arXiv:1910.02054)
     offload: Literal["none", "optimizer", "all"] = "none"  # to CPU memory; all: weights too
     micro_batch: int = 1  # sequences per rank per forward pass
     recompute: Literal["none", "selective", "full"] = "none"  # of activations, in the backward pass
+
+    @property
+    def replica(self) -> int:
+        """How many ranks read the same samples: world = data x replica."""
+        return self.tensor * self.ulysses * self.pipeline
+
+    @property
+    def replica_words(self) -> str:
+        """What ``replica`` is made of: `tensor 2 x pipeline 4 = 8`."""
+        sizes = {"tensor": self.tensor, "ulysses": self.ulysses, "pipeline": self.pipeline}
+        said = [f"{key} {size}" for key, size in sizes.items() if size > 1 or key != "ulysses"]
+        return f"{' x '.join(said)} = {self.replica}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +203,7 @@ class OptimizerSpec:
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    eps_beside: Literal["corrected", "uncorrected"] = "corrected"  # sqrt(v); the latter is TensorFlow 1's, and so PPO's
     weight_decay: float = 0.1  # on matrices and embeddings; not on biases and norms
     clip: float = 1.0  # of the global gradient norm; 0: none
 
@@ -254,7 +270,7 @@ class Refusal:
     """A combination of settings that an engine does not run, and the way out.
 
     ``when`` maps settings of StageSpec or ParallelPlan to the values that, all together, are refused;
-    ``tensor``, ``pipeline`` and ``interleave`` count as True where they are above 1.
+    DEGREES count as True where they are above 1.
     """
 
     when: dict[str, tuple[object, ...]]
@@ -284,12 +300,12 @@ class Limits:
 def setting(stage: StageSpec, name: str) -> object:
     """The value of a setting as ``Refusal.when`` speaks of it."""
     value: object = getattr(stage.parallel if hasattr(stage.parallel, name) else stage, name)
-    return value > 1 if name in ("tensor", "pipeline", "interleave") and isinstance(value, int) else value
+    return value > 1 if name in DEGREES and isinstance(value, int) else value
 
 
 def layout_of(stage: StageSpec, world: int) -> dict[str, Any]:
     """How ``stage`` lies over ``world`` ranks: what a checkpoint says of how it came about."""
-    keys = ("tensor", "pipeline", "interleave", "sequence", "zero", "offload")
+    keys = (*DEGREES, "sequence", "zero", "offload")
     cut = {key: getattr(stage.parallel, key) for key in keys}
     how = {"engine": stage.engine, "engine_config": stage.engine_config, "precision": stage.precision}
     return {**how, "world": world, **cut}
@@ -297,7 +313,7 @@ def layout_of(stage: StageSpec, world: int) -> dict[str, Any]:
 
 def describe_layout(layout: dict[str, Any]) -> str:
     """A layout in words: `deepspeed ZeRO-1, tensor 2 x pipeline 2, on 8 ranks in bf16`."""
-    cut = " x ".join(f"{key} {layout[key]}" for key in ("tensor", "pipeline", "interleave") if layout[key] > 1)
+    cut = " x ".join(f"{key} {layout[key]}" for key in DEGREES if layout.get(key, 1) > 1)
     more = f", {cut}," if cut else ""
     more += " with sequence parallel" if layout["sequence"] else ""
     more += f" with offload {layout['offload']}" if layout["offload"] != "none" else ""

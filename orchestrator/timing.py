@@ -6,6 +6,7 @@ No constant of "MFU": matrix products run at the rate measured for the chip, les
 [N] Narayanan et al. 2021, arXiv:2104.04473: flops, schedule of the pipeline, volumes of communication
 [K] Korthikanti et al. 2022, arXiv:2205.05198: what each operation reads and keeps, sequence parallel
 [R] Rajbhandari et al. 2020, arXiv:1910.02054, section 7: volumes of ZeRO
+[U] Jacobs et al. 2023, arXiv:2309.14509: volumes of Ulysses
 
 Letters as in the papers: s seq_len, b micro_batch, h hidden, t tensor, p pipeline, v interleave, m micro-batches.
 """
@@ -47,7 +48,7 @@ class Step:
     """Seconds of one optimizer step, by use; they add up to ``total_s``."""
 
     compute_s: float  # of the slowest pipeline stage, recompute and the tensor ranks' collectives left out
-    tensor_s: float  # collectives of the tensor ranks that nothing hides
+    tensor_s: float  # collectives of the tensor and ulysses ranks that nothing hides
     bubble_s: float
     pipeline_s: float  # messages between stages
     data_s: float  # gradients and weights between data ranks, as far as nothing hides them
@@ -79,9 +80,11 @@ def step(model: ModelSpec, stage: StageSpec, c: Chip, data: int, micro_batches: 
     pipeline have fewer of them.
     """
     p = stage.parallel
-    one = layer(model, c, p.micro_batch, p.tensor, p.sequence, stage.precision, software)
+    data *= p.ulysses  # each of these ranks has a part of a row's tokens, and of its heads, as if it had fewer rows
+    one = layer(model, c, p.micro_batch / p.ulysses, p.tensor, p.sequence, stage.precision, software)
+    exchange = _exchange_s(model, stage, c)
     again = {"none": 0.0, "selective": one.attention_s, "full": one.forward_s}[p.recompute]
-    comm = one.tensor_forward_s * (2 if p.recompute == "full" else 1) + one.tensor_backward_s
+    comm = (one.tensor_forward_s + exchange) * (2 if p.recompute == "full" else 1) + one.tensor_backward_s + exchange
     a_layer = one.forward_s + one.backward_s + again + comm
     layers = math.ceil(model.layers / p.pipeline)
     ends = _embedding_s(model, stage, c, software), _head_s(model, stage, c, software)
@@ -105,10 +108,10 @@ def step(model: ModelSpec, stage: StageSpec, c: Chip, data: int, micro_batches: 
 
 
 @cache
-def layer(model: ModelSpec, c: Chip, b: int, t: int, sequence: bool, precision: str, software: Software) -> LayerTime:
+def layer(model: ModelSpec, c: Chip, b: float, t: int, sequence: bool, precision: str, software: Software) -> LayerTime:
     """One layer: four matrix products, attention, and the kernels between them, which move bytes."""
     width = 2 if precision == "bf16" else 4
-    m, h, f, kv = model.seq_len * b, model.hidden, model.ffn, model.kv_hidden
+    m, h, f, kv = int(model.seq_len * b), model.hidden, model.ffn, model.kv_hidden
     up = 2 if model.activation == "swiglu" else 1
     shapes = [(m, (h + 2 * kv) // t, h), (m, h, h // t), (m, up * f // t, h), (m, h, f // t)]
     forward = sum(matmul_s(c, *shape, width=width) for shape in shapes)
@@ -154,7 +157,7 @@ def _hidden(seconds: float, beside: float) -> float:
     return seconds - (1 - HIDING_COSTS) * min(seconds, beside)
 
 
-def _attention_s(model: ModelSpec, c: Chip, b: int, t: int, width: int, software: Software) -> tuple[float, float]:
+def _attention_s(model: ModelSpec, c: Chip, b: float, t: int, width: int, software: Software) -> tuple[float, float]:
     """The attention core, forward and backward; a banded layer is masked, and computes every key all the same."""
     s, d, heads = model.seq_len, model.head_dim, model.heads // t
     if software.flash:
@@ -176,7 +179,7 @@ def _embedding_s(model: ModelSpec, stage: StageSpec, c: Chip, software: Software
     """Look-up, positions and dropout, and the gradient of the table, per micro-batch."""
     p = stage.parallel
     width = 2 if stage.precision == "bf16" else 4
-    rows = model.seq_len * p.micro_batch * model.hidden
+    rows = model.seq_len * p.micro_batch / p.ulysses * model.hidden
     table = model.vocab * model.hidden / p.tensor
     return (10 * width * rows + table * (width + 2 * software.grad_bytes)) / c.memory
 
@@ -185,12 +188,22 @@ def _head_s(model: ModelSpec, stage: StageSpec, c: Chip, software: Software) -> 
     """Logits and cross-entropy, forward and backward, per micro-batch; [K] section 4.3 has the sizes."""
     p = stage.parallel
     width = 2 if stage.precision == "bf16" else 4
-    m, h = model.seq_len * p.micro_batch, model.hidden
+    m, h = model.seq_len // p.ulysses * p.micro_batch, model.hidden
     vocab = math.ceil(model.vocab / p.tensor / 64) * 64
     products = (matmul_s(c, m, vocab, h, width=width), matmul_s(c, m, h, vocab, width=width),
                 matmul_s(c, vocab, h, m, width=width))  # fmt: skip
     passes = 24 if software.lean_loss else 44  # bytes a logit: ours works in place; plain PyTorch casts to fp32
     return sum(products) + m * vocab * passes / c.memory
+
+
+def _exchange_s(model: ModelSpec, stage: StageSpec, c: Chip) -> float:
+    """Tokens for heads and back in one layer: four all-to-alls, of q, k, v and the output ([U] section 3.2)."""
+    p = stage.parallel
+    if p.ulysses == 1:
+        return 0.0
+    width = 2 if stage.precision == "bf16" else 4
+    moved = width * model.seq_len * p.micro_batch / p.ulysses * 2 * (model.hidden + model.kv_hidden)
+    return _ring_s(moved, p.ulysses, c.link if p.ulysses <= c.per_node else c.network) + 4 * COLLECTIVE_S
 
 
 def _message_s(model: ModelSpec, stage: StageSpec, c: Chip) -> float:

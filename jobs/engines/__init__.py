@@ -17,7 +17,7 @@ and the last pipeline rank, where its ``ds_pipe_replicated`` is true. What the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,6 +62,14 @@ class StepResult:
     grad_norm: float  # global 2-norm before clipping, the same on every rank
 
 
+def set_groups(groups: Iterable[dict[str, Any]], lr: float, eps: float | None) -> None:
+    """Set what AdamW's parameter groups step with next; ``eps`` None: as it is."""
+    for group in groups:
+        group["lr"] = lr
+        if eps is not None:
+            group["eps"] = eps
+
+
 def inputs(module: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
     """What ``module`` takes of ``batch``, in the order of its ``inputs``, on ``device``."""
     return tuple(batch[name].to(device, non_blocking=True) for name in module.inputs if name in batch)
@@ -72,8 +80,8 @@ class Engine(Protocol):
 
     module: torch.nn.Module
 
-    def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """One optimizer step over this rank's micro-batches, with learning rate ``lr``."""
+    def train_step(self, batches: Sequence[Batch], *, lr: float, eps: float | None = None) -> StepResult:
+        """One optimizer step over this rank's micro-batches, with learning rate ``lr`` and AdamW's ``eps``."""
         ...
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -81,7 +89,11 @@ class Engine(Protocol):
         ...
 
     def gathered(self) -> AbstractContextManager[torch.nn.Module]:
-        """The whole module on every rank, for generation and export."""
+        """The whole module on every rank, for export."""
+        ...
+
+    def sampler(self) -> AbstractContextManager[Any]:
+        """The module to generate with, cut over tensor ranks at most: a forward pass waits for no data rank."""
         ...
 
     def pieces(self) -> list[Piece]:

@@ -64,9 +64,9 @@ class PipelineEngine(DeepSpeedEngine):
             )
         return pipe, pipe.mpu()
 
-    def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], *, lr: float, eps: float | None = None) -> StepResult:
         """One AdamW step over ``batches``; their number may differ from step to step (a batch ramp)."""
-        self._prepare_step(len(batches), lr)
+        self._prepare_step(len(batches), lr, eps)
         self.engine.train_batch(self._feed(batches))
         return StepResult(loss=self.engine.dp_group_loss.item(), grad_norm=self._norm())
 

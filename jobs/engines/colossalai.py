@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import StepResult, inputs
+from jobs.engines import StepResult, inputs, set_groups
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import place
@@ -37,7 +37,7 @@ LIMITS = Limits(
     refused=(
         *(
             Refusal(
-                when={"kind": ("sft", "reward"), axis: (True,)},
+                when={"kind": ("sft", "reward", "compare", "dpo", "ppo"), axis: (True,)},
                 why=f"tuning has not been shown equal over {axis} ranks of it",
                 instead=f"`{axis}: 1`, with `zero` to spread the weights, or `engine: deepspeed`",
             )
@@ -68,6 +68,11 @@ LIMITS = Limits(
             when={"sequence": (True,)},
             why="its sequence parallel hangs or computes something else",
             instead="`sequence: false`, or `engine: deepspeed`",
+        ),
+        Refusal(
+            when={"ulysses": (True,)},
+            why="it has no exchange of tokens for heads here",
+            instead="`ulysses: 1`, or `engine: deepspeed`",
         ),
         Refusal(
             when={"interleave": (True,), "pipeline": (False,)},
@@ -114,10 +119,9 @@ class ColossalEngine:
         self._boost()
         self._draw()
 
-    def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], *, lr: float, eps: float | None = None) -> StepResult:
         """One AdamW step over ``batches``; their number may differ from step to step (a batch ramp)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_groups(self.optimizer.param_groups, lr, eps)
         loss = self._pipeline(batches) if self.pipelined else self._accumulate(batches)
         if self.hybrid or self.stage.parallel.zero:
             self.optimizer.step()
@@ -147,6 +151,10 @@ class ColossalEngine:
             yield self._whole_copy()
         else:
             yield self.module
+
+    def sampler(self) -> AbstractContextManager[Any]:
+        """The whole module."""
+        return self.gathered()
 
     def pieces(self) -> list[Piece]:
         """fp32 weights and AdamW's state, as far as this rank holds them."""

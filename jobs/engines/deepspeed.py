@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import OUR_LAYERS, StepResult, inputs
+from jobs.engines import OUR_LAYERS, StepResult, inputs, set_groups
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import Place, place
@@ -32,6 +32,11 @@ LIMITS = Limits(
         Refusal(
             when={"kind": ("sft", "reward"), "pipeline": (True,)},
             why="pipeline ranks hand on hidden states alone, not which text of a row they belong to",
+            instead="`pipeline: 1`, with `zero` or `tensor` to spread the weights",
+        ),
+        Refusal(
+            when={"kind": ("compare", "dpo", "ppo"), "pipeline": (True,)},
+            why="sampling, and comparing with a reference, go through all layers at once",
             instead="`pipeline: 1`, with `zero` or `tensor` to spread the weights",
         ),
         Refusal(
@@ -66,6 +71,26 @@ LIMITS = Limits(
             instead="`compile: false`",
         ),
         *OUR_LAYERS,
+        Refusal(
+            when={"ulysses": (True,), "tensor": (True,)},
+            why="an exchange of heads that tensor ranks share has not been shown to compute the same",
+            instead="`tensor: 1`, or `ulysses: 1` with `sequence: true`",
+        ),
+        Refusal(
+            when={"ulysses": (True,), "pipeline": (True,)},
+            why="DeepSpeed's pipelines know no ranks that share a sequence",
+            instead="`pipeline: 1`, with `zero: 3` to spread the weights",
+        ),
+        Refusal(
+            when={"ulysses": (True,), "compile": (True,)},
+            why="torch.compile has not been shown to keep the exchange inside a block",
+            instead="`compile: false`",
+        ),
+        Refusal(
+            when={"ulysses": (True,), "kind": ("reward", "compare", "dpo", "ppo")},
+            why="a sequence shared by ranks has been shown equal for pretrain and sft alone",
+            instead="`ulysses: 1`",
+        ),
         Refusal(when={"interleave": (True,)}, why="its pipelines hold one chunk a rank", instead="`interleave: 1`"),
     ),
     owned=(
@@ -87,6 +112,21 @@ LIMITS = Limits(
         "pipeline.activation_checkpoint_interval",
         "checkpoint",
     ),
+    allowed={  # https://www.deepspeed.ai/docs/config-json/; held against plain PyTorch by test_engines
+        "zero_optimization.reduce_bucket_size": "how many gradients are summed at once",
+        "zero_optimization.allgather_bucket_size": "how many weights are gathered at once",
+        "zero_optimization.overlap_comm": "when gradients are summed",
+        "zero_optimization.contiguous_gradients": "where gradients lie in memory",
+        "zero_optimization.sub_group_size": "how many weights ZeRO-3 updates at once",
+        "zero_optimization.stage3_prefetch_bucket_size": "how many weights are gathered ahead",
+        "zero_optimization.stage3_param_persistence_threshold": "which small weights stay gathered",
+        "zero_optimization.stage3_model_persistence_threshold": "how many small weights stay gathered",
+        "zero_optimization.stage3_max_live_parameters": "how many weights are gathered at a time",
+        "pipeline.partition": "which blocks a pipeline rank holds: `uniform` (as many on each) or `parameters`",
+        "wall_clock_breakdown": "prints times",
+        "comms_logger": "prints collectives",
+        "flops_profiler": "prints operations",
+    },
 )
 
 
@@ -111,22 +151,7 @@ def config(stage: StageSpec, ranks: Ranks) -> dict[str, Any]:
     if p.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
     plan = {
-        "train_batch_size": stage.global_batch,
-    allowed={  # https://www.deepspeed.ai/docs/config-json/; held against plain PyTorch by test_engines
-        "zero_optimization.reduce_bucket_size": "how many gradients are summed at once",
-        "zero_optimization.allgather_bucket_size": "how many weights are gathered at once",
-        "zero_optimization.overlap_comm": "when gradients are summed",
-        "zero_optimization.contiguous_gradients": "where gradients lie in memory",
-        "zero_optimization.sub_group_size": "how many weights ZeRO-3 updates at once",
-        "zero_optimization.stage3_prefetch_bucket_size": "how many weights are gathered ahead",
-        "zero_optimization.stage3_param_persistence_threshold": "which small weights stay gathered",
-        "zero_optimization.stage3_model_persistence_threshold": "how many small weights stay gathered",
-        "zero_optimization.stage3_max_live_parameters": "how many weights are gathered at a time",
-        "pipeline.partition": "which blocks a pipeline rank holds: `uniform` (as many on each) or `parameters`",
-        "wall_clock_breakdown": "prints times",
-        "comms_logger": "prints collectives",
-        "flops_profiler": "prints operations",
-    },
+        "train_batch_size": stage.global_batch * p.ulysses,  # to DeepSpeed, ranks that share a row are data ranks
         "train_micro_batch_size_per_gpu": p.micro_batch,
         "gradient_clipping": 0.0 if clips_itself(stage) else stage.optimizer.clip,
         "zero_allow_untested_optimizer": True,
@@ -159,14 +184,18 @@ class DeepSpeedEngine:
         self.stage, self.ranks, self.loss_fn = stage, ranks, loss_fn
         self.device = dist.start(ranks)
         deepspeed = _import(ranks)
+        from jobs.nn import ulysses
         from jobs.nn.gpt import decay_groups, init_weights
         from jobs.nn.parallel import mark_counted
 
         self.place = place(ranks.rank, ranks.world, stage.parallel)
+        self.tokens = dist.token_group(ranks, stage.parallel)
         self.make, self.tensor, self.norm = make, dist.tensor_group(ranks, stage.parallel), torch.zeros(())
         settings = config(stage, ranks)
         model, self.grid = self._build(settings)
         init_weights(self.module, stage.seed)
+        if self.tokens:
+            ulysses.spread(self.module, self.tokens)
         held = [p for p in self.module.parameters() if not p.is_meta]
         mark_counted(held, self.tensor)
         if stage.compile:
@@ -215,26 +244,34 @@ class DeepSpeedEngine:
         self.norm = grad_norm(parameters, self.grid.get_model_parallel_group() if self.grid else None)
         torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.optimizer.clip or float("inf"), self.norm)
 
-    def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], *, lr: float, eps: float | None = None) -> StepResult:
         """One AdamW step over ``batches``; their number may differ from step to step (a batch ramp)."""
         import torch
 
-        self._prepare_step(len(batches), lr)
+        self._prepare_step(len(batches), lr, eps)
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)  # its own count goes wrong when the batch grows
-            part = self.loss_fn(self.engine(*inputs(self.module, batch, self.device)), batch)
+            part = self.loss_fn(self._run(batch), batch)
             self.engine.backward(part)
             loss += part.detach() / len(batches)
             self.engine.step()
         return StepResult(loss=loss.item(), grad_norm=self._norm())
 
-    def _prepare_step(self, turns: int, lr: float) -> None:
+    def _prepare_step(self, turns: int, lr: float, eps: float | None) -> None:
         """Set the learning rate, and how many micro-batches come."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        self.engine.set_train_batch_size(turns * self.stage.parallel.micro_batch * self.place.data_size)
+        set_groups(self.engine.optimizer.param_groups, lr, eps)
+        p = self.stage.parallel
+        self.engine.set_train_batch_size(turns * p.micro_batch * self.place.data_size * p.ulysses)
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        """What the module makes of this data rank's batch, (B, T); of ranks that share its rows, each does a part."""
+        from jobs.nn import ulysses
+
+        mine = ulysses.own(batch, self.tokens) if self.tokens else batch
+        out: torch.Tensor = self.engine(*inputs(self.module, mine, self.device))
+        return ulysses.joined(out, self.tokens) if self.tokens else out
 
     def _norm(self) -> float:
         """The gradients' norm of the last step."""
@@ -248,8 +285,7 @@ class DeepSpeedEngine:
         self.engine.eval()
         try:
             with torch.no_grad():
-                nll: torch.Tensor = self.engine(*inputs(self.module, batch, self.device))
-            return nll
+                return self._run(batch)
         finally:
             self.engine.train(training)
 
@@ -259,10 +295,21 @@ class DeepSpeedEngine:
         import deepspeed
 
         from jobs.nn.parallel import whole_copy
+        from jobs.nn.ulysses import alone
 
         sharded = self.stage.parallel.zero == 3
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())) if sharded else nullcontext():
+        whole = deepspeed.zero.GatheredParameters(list(self.module.parameters())) if sharded else nullcontext()
+        with whole, alone(self.module):
             yield whole_copy(self.module, self.make, self.tensor) if self.tensor else self.module
+
+    @contextmanager
+    def sampler(self) -> Iterator[Any]:
+        """The module itself; under ZeRO-3, whose hooks gather with all data ranks at every layer, a copy."""
+        from jobs.nn.parallel import unsharded_copy
+        from jobs.nn.ulysses import alone
+
+        with alone(self.module):
+            yield unsharded_copy(self.module, self.make, self.tensor) if self.stage.parallel.zero == 3 else self.module
 
     def pieces(self) -> list[Piece]:
         """Whole fp32 tensors (ZeRO-0), or what this rank's partition holds of the fp32 masters and moments."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import OUR_LAYERS, StepResult, inputs
+from jobs.engines import OUR_LAYERS, StepResult, inputs, set_groups
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.pieces import Piece, Slot
@@ -35,6 +35,11 @@ LIMITS = Limits(
             why="it has no pipeline",
             instead="`pipeline: 1`, with `zero: 3` to spread the weights",
         ),
+        Refusal(
+            when={"ulysses": (True,)},
+            why="it has no exchange of tokens for heads",
+            instead="`ulysses: 1`, or `engine: deepspeed`",
+        ),
         Refusal(when={"interleave": (True,)}, why="it has no pipeline", instead="`interleave: 1`"),
     )
 )
@@ -45,70 +50,32 @@ def build(make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> TorchE
     return TorchEngine(make, stage, ranks, loss_fn)
 
 
-class TorchEngine:
-    """DDP or FSDP2 behind the engine protocol."""
+class Frozen:
+    """A model that is only asked, beside an engine that trains: whole on every data rank, or sharded by FSDP2."""
 
-    def __init__(self, make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
+    def __init__(self, make: Make, stage: StageSpec, ranks: Ranks) -> None:
         import torch
 
-        from jobs.nn.gpt import decay_groups, init_weights
-        from jobs.nn.parallel import mark_counted
+        from jobs.nn.gpt import init_weights
 
-        self.make, self.stage, self.ranks, self.loss_fn = make, stage, ranks, loss_fn
+        self.make, self.stage, self.ranks = make, stage, ranks
         self.device = dist.start(ranks)
         self.sharded = stage.parallel.zero > 0
         self.tensor = dist.tensor_group(ranks, stage.parallel)
-        data = dist.group(ranks, stage.parallel, "data") if self.tensor else None
+        self.data = dist.group(ranks, stage.parallel, "data") if self.tensor else None
         with torch.device("meta"):
             module: Any = make(self.tensor) if self.tensor else make()
         self.module = module
         if stage.compile:
             self.module.compile_blocks()
         if self.sharded:
-            _shard(self.module, stage, ranks, self.device, data)
+            _shard(self.module, stage, ranks, self.device, self.data)
         self.module.to_empty(device=self.device)
         init_weights(self.module, stage.seed)
-        mark_counted(self.module.parameters(), self.tensor)
-        self.replica: Any = self.module if self.sharded else _replicate(self.module, ranks, self.device, data)
-        o = stage.optimizer
-        self.optimizer = torch.optim.AdamW(
-            decay_groups(self.module, o.weight_decay), lr=o.lr, betas=o.betas, eps=o.eps, fused=True
-        )
-        self._fill_optimizer()
-
-    def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """One AdamW step over ``batches``. DDP reduces gradients once, with the last; FSDP2 with each, as they
-        would not be sharded until then."""
-        import torch
-
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss = torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches):
-            with self._accumulating(last=i == len(batches) - 1):
-                part = self._loss(batch) / len(batches)
-                part.backward()
-            loss += part.detach()
-        norm = self._clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss.item(), grad_norm=_whole(norm).item())
-
-    def _clip(self) -> torch.Tensor:
-        """Clip the gradients, and return their norm before."""
-        from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
-
-        from jobs.nn.parallel import grad_norm
-
-        parameters, clip = list(self.module.parameters()), self.stage.optimizer.clip or float("inf")
-        if self.tensor is None:
-            return clip_grad_norm_(parameters, clip, foreach=True)
-        norm = grad_norm(parameters, self.tensor.group, whole=_whole)
-        clip_grads_with_norm_(parameters, clip, norm, foreach=True)
-        return norm
+        self.replica: Any = self.module
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Negative log-likelihoods (B, T) of this rank's batch, fp32, without gradients."""
+        """What the module makes of this rank's batch, (B, T) in fp32, without gradients."""
         import torch
 
         training = self.module.training
@@ -133,25 +100,38 @@ class TorchEngine:
         finally:
             self._reshard()
 
+    @contextmanager
+    def sampler(self) -> Iterator[Any]:
+        """The module itself; a copy where FSDP2 would gather at every layer, in bf16 if it computes in that."""
+        import torch
+
+        from jobs.nn.parallel import unsharded_copy
+
+        low = torch.bfloat16 if self.stage.precision == "bf16" else None
+        with self._autocast():
+            yield unsharded_copy(self.module, self.make, self.tensor, low) if self.sharded else self.module
+
     def pieces(self) -> list[Piece]:
-        """Whole tensors (DDP), or rows of them (FSDP2)."""
+        """Whole tensors, or rows of them (FSDP2)."""
         found: list[Piece] = []
         for name, p in self.module.named_parameters():
-            if p.is_meta:  # another pipeline rank's
-                continue
             cut, local = getattr(p, "cut", None), tuple(p.shape)
             start = _first_row(p) * (p.numel() // p.shape[0])
-            state = self.optimizer.state[p]
-            tensors: dict[Slot, Any] = {"weight": p, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            for slot, value in tensors.items():
+            for slot, value in self._tensors(p).items():
                 data = _local(value.detach()).view(-1)
-                found.append(Piece(name=_plain(name), slot=slot, shape=local, data=data, start=start, cut=cut))
-            found.append(Piece(name=_plain(name), slot="step", shape=(1,), data=state["step"].view(1)))
+                if slot == "step":
+                    found.append(Piece(name=_plain(name), slot=slot, shape=(1,), data=data))
+                else:
+                    found.append(Piece(name=_plain(name), slot=slot, shape=local, data=data, start=start, cut=cut))
         return found
 
     def filled(self) -> None:
         """FSDP2 gathers anew before the next forward pass; DDP's weights are what was filled."""
         self._reshard()
+
+    def _tensors(self, p: torch.nn.Parameter) -> dict[Slot, torch.Tensor]:
+        """All that there is of a parameter."""
+        return {"weight": p}
 
     def _fsdp_modules(self) -> list[Any]:
         """The modules that FSDP2 gathers and shards; none under DDP."""
@@ -161,23 +141,78 @@ class TorchEngine:
         for m in self._fsdp_modules():
             m.reshard()
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        with self._autocast():
-            nll = self.replica(*inputs(self.module, batch, self.device))
-        return self.loss_fn(nll, batch)
-
     def _autocast(self) -> AbstractContextManager[Any]:
-        """bf16 by autocast under DDP; FSDP2 casts by its own policy."""
+        """bf16 by autocast where weights are whole; FSDP2 casts by its own policy."""
         import torch
 
         if self.stage.precision == "bf16" and not self.sharded:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
+
+class TorchEngine(Frozen):
+    """DDP or FSDP2 behind the engine protocol."""
+
+    def __init__(self, make: Make, stage: StageSpec, ranks: Ranks, loss_fn: LossFn) -> None:
+        import torch
+
+        from jobs.nn.gpt import decay_groups
+        from jobs.nn.parallel import mark_counted
+
+        super().__init__(make, stage, ranks)
+        self.loss_fn = loss_fn
+        mark_counted(self.module.parameters(), self.tensor)
+        if not self.sharded:
+            self.replica = _replicate(self.module, ranks, self.device, self.data)
+        o = stage.optimizer
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(self.module, o.weight_decay), lr=o.lr, betas=o.betas, eps=o.eps, fused=True
+        )
+        self._fill_optimizer()
+
+    def train_step(self, batches: Sequence[Batch], *, lr: float, eps: float | None = None) -> StepResult:
+        """One AdamW step over ``batches``. DDP reduces gradients once, with the last; FSDP2 with each, as they
+        would not be sharded until then."""
+        import torch
+
+        set_groups(self.optimizer.param_groups, lr, eps)
+        loss = torch.zeros((), device=self.device)
+        for i, batch in enumerate(batches):
+            with self._accumulating(last=i == len(batches) - 1):
+                part = self._loss(batch) / len(batches)
+                part.backward()
+            loss += part.detach()
+        norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss.item(), grad_norm=_whole(norm).item())
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients, and return their norm before."""
+        from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
+
+        from jobs.nn.parallel import grad_norm
+
+        parameters, clip = list(self.module.parameters()), self.stage.optimizer.clip or float("inf")
+        if self.tensor is None:
+            return clip_grad_norm_(parameters, clip, foreach=True)
+        norm = grad_norm(parameters, self.tensor.group, whole=_whole)
+        clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+        return norm
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with self._autocast():
+            nll = self.replica(*inputs(self.module, batch, self.device))
+        return self.loss_fn(nll, batch)
+
     def _accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         """Under DDP, leave gradients unreduced until the last micro-batch."""
         wait = not last and self.replica is not self.module  # DDP
         return self.replica.no_sync() if wait else nullcontext()
+
+    def _tensors(self, p: torch.nn.Parameter) -> dict[Slot, torch.Tensor]:
+        state = self.optimizer.state[p]
+        return {"weight": p, **{slot: state[slot] for slot in ("exp_avg", "exp_avg_sq", "step")}}
 
     def _fill_optimizer(self) -> None:
         """Give every parameter its AdamW state, which torch would make at the first step: a load fills it."""

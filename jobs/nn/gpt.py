@@ -59,6 +59,7 @@ class GPT(nn.Module):
 
     inputs: tuple[str, ...] = ("tokens", "targets", "segments")  # of a batch, in the order forward takes them
     temperature = 1.0  # of softmax: logits are divided by it
+    tokens: TensorGroup | None = None  # the ranks that share each row (ulysses.py); None: a row is whole
 
     def forward(
         self,
@@ -73,6 +74,8 @@ class GPT(nn.Module):
             segments_BS: a number for each token; a token sees those of its own number alone, and its position
                 counts from the first of them. So a row may hold several texts, or padding before one.
             cache: one for each block; the S - T tokens before these are in it, and these are added.
+
+        Where ranks share a row, tokens and targets are this rank's alone, and segments those of the whole row.
         """
         return self.to_vocabulary(self.hidden(tokens_BT, segments_BS, cache), targets_BT)
 
@@ -81,10 +84,12 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, H) behind the last norm."""
         new, mask, places_BT = tokens_BT.shape[1], None, None
+        start = self.tokens.rank * new if self.tokens else cache[0].length if cache else 0
         if segments_BS is not None:
-            mask, places_BT = seen(segments_BS, new), places(segments_BS)[:, -new:]
-        elif cache:
-            places_BT = torch.arange(cache[0].length, cache[0].length + new, device=tokens_BT.device)[None]
+            mask = seen(segments_BS, segments_BS.shape[1] if self.tokens else new)
+            places_BT = places(segments_BS)[:, start : start + new]
+        elif start:
+            places_BT = torch.arange(start, start + new, device=tokens_BT.device)[None]
         x_BTH = self.embed(tokens_BT)
         if self.positions is not None:
             x_BTH = self.positions(x_BTH, places_BT)
@@ -280,6 +285,7 @@ class Attention(nn.Module):
         self.grouped = spec.kv_hidden != spec.hidden
         self.rope_theta = spec.rope_theta if spec.position == "rope" else None
         self.window, self.recompute = window, recompute
+        self.across: Callable[..., Tensor] | None = None  # `attend` over ranks that share each row (ulysses.py)
         self.qkv = parallel.column(spec.hidden, widths, tensor, bias=spec.bias)
         self.proj = parallel.row(spec.hidden, spec.hidden, tensor, bias=spec.bias)
 
@@ -290,16 +296,27 @@ class Attention(nn.Module):
             mask: (B, 1, T, S), what each query sees besides what causality and the window say.
             cache: of the tokens before these, to which these are added.
         """
-        start = cache.length if cache else 0
-        q_BATD, k_BKTD, v_BKTD = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(x_BTH).split(self.widths, -1)
+        q_BTAD, k_BTKD, v_BTKD = (
+            part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_BTH).split(self.widths, -1)
         )
+        if self.across is None:
+            y_BTAD = self.attend(q_BTAD, k_BTKD, v_BTKD, mask, cache)
+        else:
+            y_BTAD = self.across(q_BTAD, k_BTKD, v_BTKD, mask)
+        return self.proj(y_BTAD.flatten(2))
+
+    def attend(
+        self, q_BTAD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Queries, keys and values of whole rows, of some heads or all, to their (B, T, A, D)."""
+        start = cache.length if cache else 0
+        q_BATD, k_BKTD, v_BKTD = (t.transpose(1, 2) for t in (q_BTAD, k_BTKD, v_BTKD))
         if self.rope_theta is not None:
             q_BATD, k_BKTD = rotate(q_BATD, self.rope_theta, start), rotate(k_BKTD, self.rope_theta, start)
         if cache is not None:
             k_BKTD, v_BKTD = cache.add(k_BKTD, v_BKTD)
         y_BATD = _maybe_checkpoint(self.recompute, self._core, q_BATD, k_BKTD, v_BKTD, mask)
-        return self.proj(y_BATD.transpose(1, 2).flatten(2))
+        return y_BATD.transpose(1, 2)
 
     def _core(self, q_BATD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) -> Tensor:
         new, tokens = q_BATD.shape[2], k_BKSD.shape[2]

@@ -80,6 +80,33 @@ def whole_copy(
     return copy.requires_grad_(requires_grad=False)
 
 
+def unsharded_copy(
+    module: nn.Module, make: Callable[..., nn.Module], tensor: TensorGroup | None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """What this tensor rank has of ``module``, without what shards it over the data ranks, and without its hooks.
+
+    Collective over the data ranks, a tensor at a time.
+    """
+    with torch.device("meta"):
+        copy = make(tensor) if tensor else make()
+    sharded = dict(module.named_parameters())
+    with torch.no_grad():
+        for path, part in copy.named_modules():
+            for name in [name for name, _ in part.named_parameters(recurse=False)]:
+                whole = _unsharded(sharded[f"{path}.{name}".lstrip(".")])
+                setattr(part, name, nn.Parameter(whole.to(dtype or whole.dtype), requires_grad=False))
+    return copy
+
+
+def _unsharded(p: Any) -> Tensor:
+    if hasattr(p, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.detach().clone()
+    return p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
 def _join(own: Tensor, cut: Cut, tensor: TensorGroup) -> Tensor:
     shape = cut.whole_shape(own.shape)
     slices = [own.new_empty(replace(cut, index=i).local_shape(shape)) for i in range(cut.count)]

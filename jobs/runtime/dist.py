@@ -7,11 +7,12 @@ Several machines set ``MASTER_ADDR`` and ``MASTER_PORT``. Every function here is
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job import Ranks
-from jobs.runtime.mesh import peers
+from jobs.runtime.mesh import peers, place
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def start(ranks: Ranks, rendezvous: Path | None = None) -> torch.device:
 
 
 def group(ranks: Ranks, parallel: ParallelPlan, *axes: str) -> Any:
-    """The process group of the ranks that differ from this one along ``axes`` (data, pipeline, tensor) only."""
+    """The process group of the ranks that differ from this one along ``axes`` (fields of Place) only."""
     import torch.distributed as td
 
     mine = None
@@ -65,6 +66,17 @@ def tensor_group(ranks: Ranks, parallel: ParallelPlan) -> TensorGroup | None:
         return None
     made = group(ranks, parallel, "tensor")
     return TensorGroup(group=made, rank=ranks.rank % parallel.tensor, size=parallel.tensor, sequence=parallel.sequence)
+
+
+def token_group(ranks: Ranks, parallel: ParallelPlan) -> TensorGroup | None:
+    """The ranks that share each row of tokens with this one; None where none does."""
+    from jobs.nn.parallel import TensorGroup
+
+    if parallel.ulysses == 1:
+        return None
+    made = group(ranks, parallel, "ulysses")
+    index = place(ranks.rank, ranks.world, parallel).ulysses
+    return TensorGroup(group=made, rank=index, size=parallel.ulysses, sequence=True)
 
 
 def seed(value: int, ranks: Ranks, parallel: ParallelPlan) -> None:
@@ -96,6 +108,16 @@ def total(value: float) -> float:
     t = torch.tensor(value, dtype=torch.float64)
     td.all_reduce(t)
     return t.item()
+
+
+def totals(values: Mapping[str, float]) -> dict[str, float]:
+    """Sums over the ranks, each by its name; all ranks have the same names in the same order."""
+    import torch
+    import torch.distributed as td
+
+    t = torch.tensor([*values.values()], dtype=torch.float64)
+    td.all_reduce(t)
+    return dict(zip(values, t.tolist(), strict=True))
 
 
 def broadcast(value: object) -> object:

@@ -23,6 +23,9 @@ LAYOUTS = [
     {"tensor": 2, "zero": 1},
     {"tensor": 2, "zero": 3},
     {"tensor": 2, "sequence": True},
+    {"ulysses": 2},
+    {"ulysses": 2, "zero": 3},
+    {"ulysses": 2, "tensor": 2},
     {"pipeline": 2},
     {"pipeline": 2, "zero": 1},
     {"pipeline": 2, "zero": 2},
@@ -73,9 +76,6 @@ def refusals():
     return "\n".join(lines)
 
 
-def test_the_tables_are_those_of_limits():
-    text = DOC.read_text()
-    for name, made in (("layouts", table()), ("refusals", refusals()), ("settings", settings())):
 def settings():
     """Every key that an engine takes of `engine_config`."""
     lines = ["| key | it changes |", "|---|---|"]
@@ -84,6 +84,9 @@ def settings():
     return "\n".join(lines + [f"| `{key}` | {what} |" for key, what in taken["deepspeed"].items()])
 
 
+def test_the_tables_are_those_of_limits():
+    text = DOC.read_text()
+    for name, made in (("layouts", table()), ("refusals", refusals()), ("settings", settings())):
         between = re.compile(f"(?<=<!-- {name}: made of LIMITS -->\n\n).*?(?=\n*<!-- end -->)", re.DOTALL)
         assert between.search(text), f"docs/engines.md has no place for `{name}`"
         if os.environ.get("ORCH_UPDATE_GOLDEN"):

@@ -54,6 +54,16 @@ def test_full_recompute_keeps_the_inputs_of_the_layers() -> None:
     assert held - outputs == 2 * S * B * H * 24 * 3  # section 5: 2 s b h a layer, three micro-batches of a fourth
 
 
+def test_ranks_that_share_rows_keep_their_tokens_and_shards() -> None:
+    """Jacobs et al. 2023, arXiv:2309.14509, sections 3.2 and 3.4: activations are divided, and ZeRO's shards too."""
+    whole, shared = (rank_bytes(GPT3, stage(zero=3, ulysses=n), 0, 8 // n, 1) for n in (1, 8))
+    assert [shared[key] for key in ("weights", "gradients", "optimizer")] == [
+        whole[key] for key in ("weights", "gradients", "optimizer")
+    ]
+    one, eighth = (layer_activation_bytes(GPT3, stage(ulysses=n)) for n in (1, 8))
+    assert eighth == one / 8 + 2 * S * B * H / 8  # the attention's output is kept on either side of the exchange
+
+
 @pytest.mark.parametrize("pipeline", [2, 4, 8])
 def test_the_first_stage_keeps_as_much_as_all_layers(pipeline: int) -> None:
     part = slice_of(GPT3, stage(pipeline=pipeline), 0, 1000)  # Korthikanti et al. 2022, section 4.2.3

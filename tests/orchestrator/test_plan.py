@@ -98,8 +98,9 @@ def test_bubble() -> None:
     [(GPT3, 2.44), (ModelSpec(layers=128, hidden=25600, heads=160, vocab=51200), 13.8)],  # Narayanan, section 5.10
 )
 def test_checkpoint_size(model: ModelSpec, terabytes: float) -> None:
+    """Theirs hold the bf16 weights beside the fp32 ones: 14 bytes a parameter. What ours hold: test_engines."""
     e = estimate(experiment(model=model), "s")
-    assert e.checkpoint_gb == pytest.approx(terabytes * 1000, rel=0.025)
+    assert e.checkpoint_gb == pytest.approx(terabytes * 12 / 14 * 1000, rel=0.025)
     assert e.storage_tb == pytest.approx(3 * e.checkpoint_gb / 1000)  # two are kept, a third is being written
 
 
@@ -122,8 +123,8 @@ def test_signal_lead() -> None:
 
 def test_keys_of_the_json() -> None:
     keys = (
-        "stage engine params world data tensor pipeline micro_batches memory_gb gpu_memory_gb fits step_s tokens_per_s "
-        "model_tflops_per_gpu mfu hfu bubble days gpu_hours usd checkpoint_gb save_s save_every_optimal_steps "
+        "stage engine params world data tensor ulysses pipeline micro_batches memory_gb gpu_memory_gb fits step_s "
+        "tokens_per_s model_tflops_per_gpu mfu hfu bubble days gpu_hours usd checkpoint_gb save_s save_every_optimal_steps "
         "fullest_stage step_parts_s step_band interruptions goodput days_end_to_end submissions storage_tb energy_mwh"
     )
     e = estimate(experiment(), "s").to_json()
@@ -174,6 +175,9 @@ RULES = [
     ([f"{S}.parallel.pipeline=5"], "`model.layers` 12 do not split", f"`{S}.parallel.pipeline` may be 2, 3, 4 or 6"),
     ([f"{S}.parallel.pipeline=3"], "8 GPUs (1 nodes x 8) do not divide by tensor 1 x pipeline 3 = 3", "may be 3"),
     ([f"{S}.parallel.sequence=true"], "cannot run `parallel.sequence=true`, `parallel.tensor=1`: ", "`tensor: 2`"),
+    ([f"{S}.parallel.ulysses=5"], "`model.heads` 12 does not split", f"`{S}.parallel.ulysses` may be 1, 2 or 4"),
+    ([f"{S}.parallel.ulysses=3"], "`model.seq_len` 2048 does not split", f"`{S}.parallel.ulysses` may be 1, 2 or 4"),
+    ([f"{S}.parallel.ulysses=16"], "do not divide by tensor 1 x ulysses 16 x pipeline 1 = 16", "nodes` may be 2"),
     ([f"{S}.global_batch=250"], "250 does not divide by data 8 x micro_batch 2 = 16", "may be 240 or 256"),
     ([f"{S}.schedule.ramp_from=12"], "12 does not divide by data 8 x micro_batch 2 = 16", "may be 16"),
     ([f"{S}.schedule.ramp_step=40"], "40 does not divide by data 8 x micro_batch 2 = 16", "may be 32 or 48"),
@@ -196,7 +200,7 @@ RULES = [
         "engine_config.zero_optimization.reduce_bucket_sise`: engine",
         "did you mean `zero_optimization.reduce_bucket_size`?",
     ),
-    (["cluster.storage_tb=0.004"], "2 checkpoints of 1.8 GB, and one being written, are 5.3 GB", "keep` may be 1"),
+    (["cluster.storage_tb=0.004"], "2 checkpoints of 1.5 GB, and one being written, are 4.5 GB", "keep` may be 1"),
     (["cluster.slurm={time: 10}"], "`cluster.slurm.time` is 600 s, and starting (600 s)", "may be 111 (minutes)"),
     (["cluster.network_gb_per_s=0"], "`cluster.network_gb_per_s` is 0, and must be more than 0", ""),
     (["cluster.failures_per_node_day=-1"], "failures_per_node_day` is -1, and must be at least 0", ""),

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.hardware import attention_s, chip, matmul_s
 from orchestrator.spec import ParallelPlan, StageSpec
-from orchestrator.timing import Software, layer, rank_params, step
+from orchestrator.timing import COLLECTIVE_S, Software, Step, layer, rank_params, step
 
 A100 = chip(published.A100)
 # Known to be outside, and why: docs/plan.md, "Where it is wrong". None is fitted to.
@@ -88,6 +88,19 @@ def test_a_fused_sum_is_not_written_twice() -> None:
     plain, fused = (layer(m, A100, b, t, False, "bf16", Software(fused_sum=fused)) for fused in (False, True))
     weights = 12 * m.hidden**2 / t  # the gradient of each is neither written nor read again, 2 bytes each time
     assert plain.backward_s - fused.backward_s == pytest.approx(2 * 2 * weights / A100.memory)
+
+
+def test_an_exchange_of_heads_moves_what_jacobs_says() -> None:
+    """Jacobs et al. 2023, arXiv:2309.14509, section 3.2: 4 s h / n elements a link, n links growing with the ranks."""
+    m, n = published.gpt(2, 4096, 32), 8
+
+    def of(ulysses: int) -> Step:
+        stage = StageSpec(kind="pretrain", parallel=ParallelPlan(ulysses=ulysses, micro_batch=n))
+        return step(m, stage, A100, 1, 1, Software())
+
+    moved = 2 * m.seq_len * n * 4 * m.hidden / n * (n - 1) / n  # bytes, of a layer each way
+    assert of(n).tensor_s == pytest.approx(m.layers * 2 * (moved / A100.link + 4 * COLLECTIVE_S))
+    assert 1 < n * of(n).compute_s / of(1).compute_s < 1.2  # kernels start, and sums are of all weights, on each
 
 
 def test_the_bubble_is_narayanans() -> None:

@@ -1,5 +1,7 @@
 """Coordinates of ranks."""
 
+from dataclasses import replace
+
 import pytest
 
 from jobs.runtime.mesh import peers, place
@@ -20,6 +22,16 @@ def test_every_rank_has_a_place_of_its_own_and_tensor_peers_are_neighbours():
     assert [p.tensor for p in places[:9]] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
     assert (places[8].data, places[8].pipeline) == (1, 0)
     assert (places[64].data, places[64].pipeline) == (0, 1)
+
+
+def test_ranks_that_share_rows_are_neighbours_and_read_the_same_samples():
+    plan = ParallelPlan(ulysses=4)
+    places = [place(rank, 8, plan) for rank in range(8)]
+    assert [p.ulysses for p in places] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [p.data for p in places] == [0] * 4 + [1] * 4
+    assert {(p.data_size, p.ulysses_size) for p in places} == {(2, 4)}
+    assert peers(8, plan, "ulysses") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(set(map(repr, (place(rank, 16, replace(plan, tensor=2, pipeline=2)) for rank in range(16))))) == 16
 
 
 def test_a_world_that_does_not_split_is_refused():
