@@ -1,9 +1,10 @@
 """Where a run executes: one module per launcher, each with ``check``, ``submit``, ``alive`` and ``cancel``.
 
 A launcher starts ``jobs.__main__.main(<run folder>)`` once per rank, and nothing else: whatever the
-job needs to know lies in the run folder. Where it has more to say it has also ``preview(run)``, the script it would
-hand to its scheduler; ``seen(run)``, what that says of the job, as a Seen; and ``ended(run)``, what it knows of
-attempts that left no word, by their names, as orchestrator.logbook.Ended.
+job needs to know lies in the run folder. Where it has more to say it has also ``advice(experiment)``, what it would
+rather be told; ``preview(run)``, the script it would hand to its scheduler; ``seen(run)``, what that says of the job,
+as a Seen; and ``ended(run)``, what it knows of attempts that left no word, by their names, as
+orchestrator.logbook.Ended.
 """
 
 from collections.abc import Sequence

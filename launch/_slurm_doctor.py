@@ -26,6 +26,7 @@ from orchestrator.spec import Experiment
 OLDEST = (22, 5)  # the version of the tests; srun takes its CPUs otherwise before
 CRED_EXPIRE_S = 120  # AuthInfo's default: what a requeued job waits at least
 LONG_S = 300
+DEFAULT_QOS = "normal"  # slurmdbd makes it, and gives it to all who have no other
 NONE = ("preempt/none", "(null)", "")  # the second since 23.11, which has no such plug-in any more
 ASK_S = 20
 
@@ -39,12 +40,11 @@ ADVICE: dict[str, tuple[Level, str]] = {
     ),
     "no-grace": (
         "warning",
-        "ask for a `GraceTime` on partition `{partition}`: a preempted run has no time to save without; or lower "
-        "`save_every`",
+        "ask for a `GraceTime` on {whose}: a preempted run has no time to save without; or lower `save_every`",
     ),
     "short-grace": (
         "warning",
-        "ask for a `GraceTime` of {seconds} s on partition `{partition}`, or a file system that is written faster",
+        "ask for a `GraceTime` of {seconds} s on {whose}, or a file system that is written faster",
     ),
     "suspends": ("warning", "ask for `PreemptMode=REQUEUE`: ranks that are stopped together look like frozen ones"),
     "no-part-limits": (
@@ -89,7 +89,7 @@ def findings(experiment: Experiment | None, root: Path) -> Iterator[Finding]:
         partition = partitions.get(name, {})
         estimates = _estimates(experiment)
         save_s = max((e["save_s"] for e in estimates or ()), default=0.0)
-        yield from _preemption(settings, name, partition, save_s)
+        yield from _preemption(settings, name, partition, save_s, qos=_qos(settings, chosen.qos or DEFAULT_QOS))
         yield from _queueing(settings)
         yield _accounting(settings)
         if experiment:
@@ -134,21 +134,38 @@ def _estimates(experiment: Experiment | None) -> list[dict[str, Any]] | None:
         return None
 
 
-def _preemption(settings: dict[str, str], name: str, partition: dict[str, str], save_s: float) -> Iterator[Finding]:
+def _qos(settings: dict[str, str], name: str) -> tuple[str, int] | None:
+    """A QOS, and its GraceTime in seconds; None where there is none by that name, or no database of them."""
+    if settings["AccountingStorageType"] != "accounting_storage/slurmdbd":
+        return None
+    asked = "sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,GraceTime"
+    times = dict(line.split("|", 1) for line in queue.call(*asked, within_s=ASK_S).splitlines())
+    return (name, limit_s(Options(time=times[name])) or 0) if name in times else None
+
+
+def _preemption(
+    settings: dict[str, str], name: str, partition: dict[str, str], save_s: float, *, qos: tuple[str, int] | None = None
+) -> Iterator[Finding]:
+    """What a preempted job is told, and how long before its end: by its QOS where that decides who is preempted."""
     mode = partition.get("PreemptMode", settings["PreemptMode"])
     if settings["PreemptType"] in NONE or mode == "OFF":
         yield _finding("preemption", f"no job of partition `{name}` is preempted")
         return
     grace = partition.get("GraceTime", "0")
-    grace_s = int(grace) if grace.isdigit() else 0
-    found = f"{mode}, partition `{name}` with GraceTime {grace_s} s"
+    grace_s, whose = int(grace) if grace.isdigit() else 0, f"partition `{name}`"
+    found = f"{mode}, GraceTime of {whose} {grace_s} s"
+    if qos:
+        found += f", of QOS `{qos[0]}` {qos[1]} s"
+    if settings["PreemptType"] == "preempt/qos":
+        grace_s, whose = (qos[1], f"QOS `{qos[0]}`") if qos else (0, "your QOS")
+        found += ", which counts"
     if "SUSPEND" in mode:
         yield _finding("preemption", found, "suspends")
     elif not grace_s:
-        yield _finding("preemption", found, "no-grace", partition=name)
+        yield _finding("preemption", found, "no-grace", whose=whose)
     elif grace_s < save_s:
         found += f", and a save takes {save_s:.0f} s by the plan"
-        yield _finding("preemption", found, "short-grace", partition=name, seconds=f"{save_s:.0f}")
+        yield _finding("preemption", found, "short-grace", whose=whose, seconds=f"{save_s:.0f}")
     elif "preempt_send_user_signal" not in settings["SlurmctldParameters"]:
         yield _finding("preemption", found + ", no signal", "no-preempt-signal")
     else:

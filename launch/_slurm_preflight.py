@@ -27,6 +27,7 @@ from typing import Any
 from launch import _slurm_queue as queue
 from launch._slurm_container import folders, srun_options
 from launch._slurm_script import carried, interpreter, limit_s, options, parameters
+from orchestrator.recover import usable
 from orchestrator.registry import find
 from orchestrator.run import Run, read_json, write_atomic, write_json
 from orchestrator.spec import Experiment, ParallelPlan
@@ -36,7 +37,6 @@ STEP_S = 900  # of its step; beyond it, what has not answered counts as sick
 CLOCK_S = 5.0  # clocks further apart order the attempts of a run wrongly
 SLOW = 0.8  # of the median; an assumption: GPUs of one kind differ by a few per cent
 PACKAGES = ("torch", "mlflow", "omegaconf", "submitit")
-USABLE = {"idle", "mixed", "allocated", "completing", "planned"}
 RATES = {"copy_gb_per_s": "GPU memory", "all_reduce_gb_per_s": "all-reduce over its GPUs"}
 
 
@@ -174,9 +174,7 @@ def _of_nodes(request: dict[str, Any], found: list[dict[str, Any]], names: list[
 def _usable(partition: str) -> set[str]:
     """Nodes of ``partition`` that a job may get, now or when others have left."""
     said = queue.call("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%T")
-    rows = (line.split("|") for line in said.splitlines())
-    usable = USABLE | ({"reserved"} if os.environ.get("SLURM_JOB_RESERVATION") else set())
-    return {name for name, state in rows if state.rstrip("+-~#!%$@^") in usable}  # `*`: does not respond
+    return usable(said, reserved="SLURM_JOB_RESERVATION" in os.environ)
 
 
 def _excluded(jobs: Iterable[str]) -> set[str]:

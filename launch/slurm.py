@@ -48,6 +48,16 @@ def check(experiment: Experiment, stage: str) -> None:
             )
 
 
+def advice(experiment: Experiment) -> list[str]:
+    """What `cluster.slurm` leaves to defaults that do no GPU good."""
+    if experiment.cluster.gpu == "cpu" or options(experiment).cpus_per_task:
+        return []
+    return [
+        "`cluster.slurm.cpus_per_task` is not set: a rank gets one core, unless the partition has a `DefCpuPerGPU`; "
+        "set it to a node's cores over its GPUs"
+    ]
+
+
 def submit(runs: Sequence[Run], *, preflight: bool = False, rehearse: bool = False) -> None:
     """Queue ``runs``, each behind the one before it. Nothing starts before every Submission is on disk.
 

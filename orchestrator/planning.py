@@ -16,7 +16,7 @@ from orchestrator.registry import find
 from orchestrator.search import Goal
 from orchestrator.search import search as layouts_of
 from orchestrator.spec import Experiment
-from orchestrator.submit import select
+from orchestrator.submit import advice, select
 
 
 def plan(
@@ -25,7 +25,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Print the estimates, and from which checkpoints below ``root`` a submit would go on; draw where asked."""
     experiment = _composed(config, overrides, stages)
-    estimates = estimates_of(experiment, stages=list(stages) or None, force=force)
+    estimates = estimates_of(experiment, stages=list(stages) or None, force=force, root=root)
     if report and estimates:
         from orchestrator import report as pictures
 
@@ -43,6 +43,8 @@ def plan(
     if not as_json:
         from orchestrator.relayout import announcements
 
+        for line in advice(experiment):
+            say(f"warning: {line}")
         for line in announcements(root, experiment, [e.stage for e in estimates]):
             say(line)
 

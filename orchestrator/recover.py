@@ -11,7 +11,7 @@ first error counts and not its echo on the other ranks is what users of torchrun
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -200,6 +200,22 @@ def fruitless(attempts: Sequence[Any]) -> int:
             break
         count += attempt.cause not in ("requeued", "cancelled")
     return count
+
+
+def affordable(excluded: Sequence[str], usable: Iterable[str], needed: int) -> list[str]:
+    """The newest of ``excluded``, oldest first: as many as leave ``needed`` of the ``usable`` nodes."""
+    up = set(usable)
+    return next((list(excluded[i:]) for i in range(len(excluded)) if len(up.difference(excluded[i:])) >= needed), [])
+
+
+def usable(listed: str, *, reserved: bool) -> set[str]:
+    """Nodes that a job may get, now or when others have left, by `sinfo --Node --format=%N|%T`.
+
+    ``reserved``: the job has a reservation, and so the nodes in one.
+    """
+    states = {"idle", "mixed", "allocated", "completing", "planned"} | ({"reserved"} if reserved else set())
+    rows = (word.split("|", 1) for word in listed.split())
+    return {name for name, state in rows if state.rstrip("+-~#!%$@^") in states}  # `*`: does not respond
 
 
 def _error(failure: Mapping[str, Any]) -> Decision:

@@ -94,6 +94,7 @@ def row(standing: Standing) -> dict[str, Any]:
         "reason": seen.reason if seen else "",
         "why": seen.why if seen else "",
         "starts_at": seen.starts_at if seen else None,
+        "without": last.excluded if last and last.next == "requeue" else [],
         "nodes": (seen.nodes if seen else "") or (last.nodes or last.host if last else ""),
         "folder": str(run.folder),
     }
@@ -150,6 +151,8 @@ def _waits(row: Mapping[str, Any], now: float) -> str:
     if row["starts_at"]:
         in_s = row["starts_at"] - now
         words.append(f"starts in about {logbook.duration(in_s)}" if in_s > 0 else "starts soon")
+    if row["without"]:
+        words.append(f"stays off {', '.join(row['without'])} (until `orch resume`)")
     return ", ".join(words)
 
 

@@ -56,7 +56,7 @@ def submit(
     experiment = inputs.with_absolute_paths(composed.experiment)
     chain = in_order(experiment)
     names = [n for n in chain if n in select(experiment, stages)]
-    estimates = {e.to_json()["stage"]: e for e in plan(experiment, stages=names, force=force)}
+    estimates = {e.to_json()["stage"]: e for e in plan(experiment, stages=names, force=force, root=root)}
     through = launcher_of(launcher or experiment.cluster.launcher)
     extras = {name: True for name, asked in (("preflight", preflight), ("rehearse", rehearse)) if asked}
     if extras and not getattr(through, "LOOKS_AHEAD", False):
@@ -70,6 +70,8 @@ def submit(
     for run in pending:
         through.check(experiment, run.stage)
     _check_needs(pending, experiment)
+    for line in advice(experiment, launcher) if pending else ():
+        log.warning("%s", line)
     with ExitStack() as held:
         for run in pending:
             _make_folder(run)
@@ -148,6 +150,12 @@ def preview(run: Run, launcher: str | None) -> str:
     """What the launcher would hand to its scheduler for ``run``; nothing where it has none."""
     show = getattr(launcher_of(launcher or run.spec().cluster.launcher), "preview", None)
     return str(show(run)) if show else ""
+
+
+def advice(experiment: Experiment, launcher: str | None = None) -> list[str]:
+    """What the launcher would rather be told of ``experiment``; it runs without too."""
+    say = getattr(launcher_of(launcher or experiment.cluster.launcher), "advice", None)
+    return list(say(experiment)) if say else []
 
 
 def alive(run: Run) -> bool:

@@ -243,18 +243,12 @@ class Warden:
     def _act(self, decision: Decision) -> int:
         """Do what was decided; return the exit status of the job."""
         log.info("%s, %s: %s", decision.cause, decision.next, decision.note)
-        note, excluded = decision.note, self._excluded()
+        note, before = decision.note, self._excluded()
         job = self._job(AWAY_S) if decision.next == "requeue" else {}
-        avoid = [node for node in decision.nodes if node not in excluded]
-        if avoid and job:  # without Slurm's word, those excluded so far are not known
-            listed = job.get("ExcNodeList", "(null)").replace("(null)", "")
-            avoid_all = ",".join(filter(None, [listed, *avoid]))
-            if problem := self._needs(avoid_all):
-                note, avoid = f"{note}; not excluded: {problem}", []
-        else:
-            avoid = []
+        excluded, exclude, said = self._without(before, decision.nodes, job)
+        note += said
         end = {"cause": decision.cause, "ranks": list(decision.ranks), "culprits": list(decision.nodes)}
-        self._save_end(**end, next=decision.next, note=note, excluded=[*excluded, *avoid])
+        self._save_end(**end, next=decision.next, note=note, excluded=excluded)
         if decision.next == "stop":
             if self._forwarder:
                 with suppress(subprocess.TimeoutExpired):
@@ -263,15 +257,39 @@ class Warden:
 
         status, said = (0, "") if _requeued(job) else _slurm("scontrol", "requeue", self.job_id, wait_s=AWAY_S)
         if status and not _requeued(self._job()):
-            self._save_end(**end, next="stop", note=f"{note}; not requeued: {said}", excluded=excluded)
+            self._save_end(**end, next="stop", note=f"{note}; not requeued: {said}", excluded=before)
             return 1
         if self._forwarder:
             self._forwarder.kill()
-        if avoid:
-            status, said = _slurm("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={avoid_all}")
+        if excluded != before:
+            status, said = _slurm("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={exclude}")
             if status:
-                self._save_end(**end, next="requeue", note=f"{note}; not excluded: {said}", excluded=excluded)
+                self._save_end(**end, next="requeue", note=f"{note}; not excluded: {said}", excluded=before)
         return 0
+
+    def _without(
+        self, before: list[str], culprits: Sequence[str], job: Mapping[str, str]
+    ) -> tuple[list[str], str, str]:
+        """Nodes the next start does without, ``before`` among them; all Slurm is to exclude; and what to note of it.
+
+        Where too few nodes would be left, those that were put down to first are taken again.
+        """
+        wanted = [*before, *(node for node in culprits if node not in before)]
+        if not (job and wanted):  # without Slurm's word, those excluded so far are not known
+            return before, "", ""
+        listed = job.get("ExcNodeList", "(null)").replace("(null)", "")
+        names = _slurm("scontrol", "show", "hostnames", listed)[1].split() if listed else []
+        others = [node for node in names if node not in before]  # the user's, and a preflight's
+        silent, nodes = _slurm("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N|%T")
+        up = recover.usable(nodes, reserved="SLURM_JOB_RESERVATION" in os.environ).difference(others)
+        needed = int(os.environ["SLURM_JOB_NUM_NODES"])
+        kept = wanted if silent else recover.affordable(wanted, up, needed)
+        again = [node for node in wanted if node not in kept]
+        few = f"; not excluded any more: {', '.join(again)}: of {len(up)} nodes that are up, {needed} are needed"
+        exclude = ",".join([*others, *kept])
+        if not {*kept} <= {*before} and (problem := self._needs(exclude)):
+            return before, "", f"; not excluded: {problem}"
+        return kept, exclude, few if again else ""
 
     def _excluded(self) -> list[str]:
         """Nodes that earlier attempts of this submission were put down to."""

@@ -13,9 +13,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from slurm_cluster import ORCH, SLURMBOX, STEPS, finished_once_in_mlflow, write_text
 
 from launch import _slurm_script, slurm
+from orchestrator.cli import cli
 from orchestrator.compose import compose
 from orchestrator.errors import ConfigError, LaunchError
 from orchestrator.run import Run
@@ -128,6 +130,17 @@ def test_a_limit_too_short_to_save_in_is_refused():
 
 
 # Whole runs
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [([], True), (["cluster.slurm.cpus_per_task=12"], False), (["cluster=local", "cluster.launcher=slurm"], False)],
+)
+def test_ranks_that_would_share_a_core_are_warned_of(words, warned):
+    stage = [f"stages.pretrain.{word}" for word in ("parallel={}", "global_batch=256")]
+    said = CliRunner().invoke(cli, ["plan", "gpt3-125m", "--force", *stage, *words])
+    assert said.exit_code == 0, said.output
+    assert ("cpus_per_task` is not set: a rank gets one core" in said.stderr) == warned
 
 
 @pytest.mark.slurm

@@ -27,10 +27,10 @@ def test_each_remedy_says_something():
 
 
 def test_room_is_asked_for_by_the_plan(tmp_path):
-    """GPT-3 175B keeps two checkpoints of 14 bytes a parameter and writes a third: 3 x 2.45 TB, on no disk here."""
+    """GPT-3 175B keeps two checkpoints of 12 bytes a parameter and writes a third: 3 x 2.1 TB, on no disk here."""
     experiment = compose("gpt3-175b", []).experiment
     needs_gb = doctor._room_gb(experiment)
-    assert needs_gb == pytest.approx(3 * 14 * experiment.model.params / 1e9, rel=0.01)
+    assert needs_gb == pytest.approx(3 * 12 * experiment.model.params / 1e9, rel=0.01)
     found = doctor.disk(tmp_path, 1e6)
     assert (found.level, found.code) == ("warning", "no-room") and "the 1000000 that it needs" in found.found
 
@@ -73,6 +73,24 @@ def test_a_package_that_does_not_import(tmp_path, monkeypatch):
 def test_what_preemption_does_to_a_run(settings, partition, save_s, code):
     (found,) = _slurm_doctor._preemption(SETTINGS | settings, "gpu", {"PreemptMode": "REQUEUE"} | partition, save_s)
     assert found.code == code
+
+
+@pytest.mark.parametrize(
+    ("decides", "partition_s", "qos_s", "code", "whose"),
+    [
+        ("preempt/qos", 0, 120, "", ""),
+        ("preempt/qos", 120, 0, "no-grace", "on QOS `gold`:"),
+        ("preempt/qos", 120, 20, "short-grace", "of 98 s on QOS `gold`,"),
+        ("preempt/partition_prio", 120, 0, "", ""),
+        ("preempt/partition_prio", 0, 120, "no-grace", "on partition `gpu`:"),
+    ],
+)
+def test_whose_time_a_preempted_job_has(decides, partition_s, qos_s, code, whose):
+    """`_get_grace_time` of Slurm's plug-ins: a partition's, and of preempt/qos that of the job's QOS."""
+    settings, partition = SETTINGS | {"PreemptType": decides}, {"PreemptMode": "REQUEUE", "GraceTime": f"{partition_s}"}
+    (found,) = _slurm_doctor._preemption(settings, "gpu", partition, 98, qos=("gold", qos_s))
+    assert found.code == code and whose in found.remedy
+    assert f"`gpu` {partition_s} s, of QOS `gold` {qos_s} s" in found.found
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,27 @@ def test_attempts_in_a_row_without_a_checkpoint(attempts, count):
     assert recover.fruitless([Attempt(*a) for a in attempts]) == count
 
 
+@pytest.mark.parametrize(
+    ("excluded", "needed", "kept"),
+    [
+        (["n1"], 3, ["n1"]),
+        (["n1", "n2"], 3, ["n2"]),  # the newest has failed last
+        (["n1", "n2", "n9"], 3, ["n2", "n9"]),  # n9 is down anyway
+        (["n1", "n2"], 4, []),
+        (["n1", "n2"], 5, []),  # too few are up whatever is excluded
+        ([], 3, []),
+    ],
+)
+def test_nodes_that_a_job_can_do_without(excluded, needed, kept):
+    assert recover.affordable(excluded, ["n1", "n2", "n3", "n4"], needed) == kept
+
+
+def test_nodes_that_a_job_may_get():
+    listed = "n1|idle n2|mixed- n3|down* n4|allocated+ n5|idle* n6|drained n7|reserved"
+    assert recover.usable(listed, reserved=False) == {"n1", "n2", "n4"}
+    assert recover.usable(listed, reserved=True) == {"n1", "n2", "n4", "n7"}
+
+
 def test_ranks_of_an_exit():
     (left,) = recover.exits(["srun: error: node[1-2]: tasks 0-2,5: Exited with exit code 3"])
     assert (left.ranks, left.node, left.how) == ((0, 1, 2, 5), "node[1-2]", "Exited with exit code 3")

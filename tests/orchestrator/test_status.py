@@ -190,6 +190,10 @@ def test_attempts_in_a_few_words(causes, state, said):
             "others are before it (Priority), starts in about 2 h",
         ),
         ({"state": "queued", "reason": "Odd", "starts_at": None}, "Odd"),
+        (
+            {"state": "queued", "reason": "Resources", "starts_at": None, "without": ["node3", "node7"]},
+            "its nodes are busy (Resources), stays off node3, node7 (until `orch resume`)",
+        ),
         # 100 tokens a step at 10 a second: 90 steps of 10 s
         ({"state": "running", "heartbeat_at": 990.0}, "15 min left"),
         ({"state": "running", "heartbeat_at": 400.0}, "15 min left, no step for 10 min"),
@@ -204,6 +208,7 @@ def test_the_note(row, said):
         "heartbeat_at": None,
         "left_s": left,
         "why": queue.why(row.get("reason", "")),
+        "without": [],
         **beat,
         **row,
     }
