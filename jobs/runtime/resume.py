@@ -18,7 +18,7 @@ from jobs.runtime import checkpoint, pieces
 from jobs.runtime.faults import is_current
 from jobs.runtime.job import Job
 from orchestrator.errors import CheckpointError
-from orchestrator.spec import describe_layout, layout_of
+from orchestrator.spec import CHECKPOINT_BYTES_PER_PARAM, describe_layout, layout_of
 
 if TYPE_CHECKING:
     from jobs.engines import Engine
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STATE_BYTES_PER_PARAM = 12  # fp32 weights and AdamW's two moments
 PROBE_SAMPLES = 4
 # How far the loss on the probe may move where engine or layout change. Measured over all of them, tiny models on a
 # CPU (tests/jobs/engines/test_layouts.py, 2026-11-22): 6e-8 in fp32, 2e-4 in bf16, where engines round in other places.
@@ -83,7 +82,7 @@ def save(job: Job, engine: Engine, data: Samples, at: Position, probe: Probe) ->
         state,
         write,
         ranks=job.ranks,
-        expected_bytes=int(job.experiment.model.params * STATE_BYTES_PER_PARAM * 1.02) + 1_000_000,
+        expected_bytes=int(job.experiment.model.params * CHECKPOINT_BYTES_PER_PARAM * 1.02) + 1_000_000,
         may_commit=lambda: is_current(job.run, job.attempt),
     )
     if done:

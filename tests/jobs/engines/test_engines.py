@@ -16,7 +16,7 @@ from jobs.pretrain import mean_loss
 from jobs.runtime import dist, pieces
 from jobs.runtime.job import Ranks
 from jobs.runtime.resume import load_rng, save_rng
-from orchestrator.spec import ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
+from orchestrator.spec import CHECKPOINT_BYTES_PER_PARAM, ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
 
 MODEL = ModelSpec(layers=2, hidden=32, heads=4, vocab=97, seq_len=16)
 BATCH, STEPS, LR = 8, 6, 3e-3
@@ -224,6 +224,16 @@ def test_resume_is_bitwise(tmp_path, precision):
     cases = {name: _stage(*case, precision=precision) for name, case in (TORCH | DEEPSPEED).items()}
     for unbroken, resumed in run_ranks(_resume, 2, tmp_path, cases)[0].values():
         assert resumed == unbroken
+    for name in cases:
+        saved = sum(_tensor_bytes(path) for path in (tmp_path / name).glob("pieces-*.safetensors"))
+        steps = 4 * sum(1 for _ in GPT(MODEL).parameters())
+        assert saved == CHECKPOINT_BYTES_PER_PARAM * MODEL.params + steps, name
+
+
+def _tensor_bytes(path):
+    """What is in a safetensors file behind its header."""
+    with path.open("rb") as f:
+        return path.stat().st_size - 8 - int.from_bytes(f.read(8), "little")
 
 
 def _start_from(ranks, root, cases):
