@@ -35,7 +35,7 @@ ADVICE: dict[str, tuple[Level, str]] = {
     "bad-package": ("problem", "`python -c 'import {name}'` says why"),
     "bad-engine": ("warning", "`python -c 'import {name}'` says why"),
     "no-compiler": ("warning", "install gcc, for DeepSpeed's operators"),
-    "no-room": ("warning", "make room, or name another folder with `--runs`: a checkpoint takes 14 bytes a parameter"),
+    "no-room": ("warning", "make room, or name another folder with `--runs`: a checkpoint takes 12 bytes a parameter"),
     "not-writable": ("problem", "name another folder with `--runs` or ORCH_RUNS"),
     "no-gpu": ("warning", "train on a cluster, or on the CPUs with `cluster=local`"),
     "bad-gpu": ("warning", "look at the driver: `nvidia-smi`"),
