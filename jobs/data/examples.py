@@ -108,6 +108,20 @@ def prompts(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) -
     return _some(found, files, left_out)
 
 
+def answered(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) -> list[Prompt]:
+    """Prompts of lines that have a response too, where the two have at most ``longest`` tokens, or are cut to that."""
+    found = []
+    for where, line in read(files.names):
+        try:
+            before = turns_of(line["prompt"])
+            encoded = _fit(chat.encode([*before, _answer(line)]), files, longest, left_out)
+        except (KeyError, ValueError) as e:
+            raise _malformed(where, line, e, "`prompt` and `response`") from e
+        if encoded:
+            found.append(Prompt(ids=chat.prompt(before), line=line))
+    return _some(found, files, left_out)
+
+
 def read(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line with its file and number. Raises DataError for one that is no JSON object."""
     for name in files:
