@@ -245,28 +245,3 @@ def _torch_shards(stage: StageSpec) -> bool:
 def _stream_bytes(stage: StageSpec) -> int:
     """Bytes an element of the residual stream: under DDP, autocast leaves it in fp32."""
     return 4 if stage.precision == "fp32" or (stage.engine == "torch" and stage.parallel.zero == 0) else 2
-
-
-def ppo_phase_bytes(
-    model: ModelSpec, stage: StageSpec, data: int, *, actors: int, prompt: int, response: int, trained: int = 2
-) -> dict[str, dict[str, float]]:
-    """Bytes of one rank in each phase of PPO: rollout, scoring, update.
-
-    Four models as InstructGPT's (Ouyang et al. 2022, arXiv:2203.02155, section 3.5): policy and value train,
-    reference and reward are frozen weights. ``actors`` sequences are generated at once, with a cache of keys and
-    values: 2 x layers x kv_hidden elements a token.
-    """
-    p, width = stage.parallel, 2 if stage.precision == "bf16" else 4
-    base = rank_bytes(model, stage, 0, data, 1)
-    held = trained * sum(base[k] for k in ("weights", "gradients", "optimizer"))
-    frozen = (4 - trained) * base["weights"]
-    gathered = width * model.params / p.tensor if p.zero == 3 else 0.0
-    cache = 2 * model.layers * model.kv_hidden * width * actors * (prompt + response) / p.tensor
-    last = width * actors * model.vocab / p.tensor  # logits of the newest token only
-    scores = width * p.micro_batch * (prompt + response) * (model.vocab / p.tensor + 4 * model.hidden)
-    common = {"states": held, "frozen": frozen, "buffers": base["buffers"], "other": base["other"]}
-    return {
-        "rollout": {**common, "gathered": gathered, "kv_cache": cache, "logits": last},
-        "scoring": {**common, "gathered": 0.0, "logits": scores},
-        "update": {**common, "activations": base["activations"], "logits": base["logits"]},
-    }

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator import timing
+from orchestrator import phases, timing
 from orchestrator.checks import Problem, check, checkpoint_gb
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.failures import Goodput, goodput, limit_s, storage_gb
@@ -67,7 +67,7 @@ class Estimate:
     save_s: float
     save_every_optimal_steps: int
     fullest_stage: int  # the pipeline stage whose ranks hold memory_gb
-    step_parts_s: dict[str, float]  # timing.Step; they add up to step_s
+    step_parts_s: dict[str, float]  # timing.Step, or phases.Iteration; they add up to step_s
     step_band: float  # step_s may be this share more or less
     interruptions: float  # expected, over the whole stage
     goodput: float  # share of the time that trains
@@ -75,6 +75,7 @@ class Estimate:
     submissions: int  # jobs that the queue's time limit makes of it
     storage_tb: float  # for the checkpoints that are kept, and the one being written
     energy_mwh: float  # 0: `cluster.gpu_watts` is not set
+    phases: dict[str, dict[str, float]]  # GB by use of each phase, of kinds with several models
 
     def to_json(self) -> dict[str, Any]:
         """One object of `orch plan --json`."""
@@ -125,8 +126,9 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
 
     step = step_time(model, stage, cluster, stage.global_batch)
     tokens = stage.global_batch * model.seq_len
-    model_flops = model.flops_per_token * tokens
-    hardware_flops = model_flops + recomputed_flops_per_token(model, p) * tokens
+    asked, trained = phases.passes(stage)
+    model_flops = model.flops_per_token * (asked / 3 + trained) * tokens
+    hardware_flops = model_flops + recomputed_flops_per_token(model, p) * trained * tokens
     peak = world * cluster.gpu_tflops * 1e12
     run_s = _run_s(model, stage, cluster)
     gpu_hours = run_s / 3600 * world
@@ -168,6 +170,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         submissions=kept.submissions,
         storage_tb=storage_gb(size_gb, stage.keep) / 1000,
         energy_mwh=gpu_hours * cluster.gpu_watts / 1e6,
+        phases=phases_gb(model, stage, cluster),
     )
 
 
@@ -181,10 +184,25 @@ def layout(stage: StageSpec, cluster: ClusterSpec) -> tuple[int, int, int]:
 
 def memory(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> tuple[int, dict[str, float]]:
     """The fullest pipeline stage, and its GB by use with their total, as measured on this cluster if they were."""
+    if by_phase := phases_gb(model, stage, cluster):
+        return 0, max(by_phase.values(), key=lambda gb: gb["total"])
     _, data, micro_batches = layout(stage, cluster)
     index, parts = fullest(model, stage, data, micro_batches, on_gpu=cluster.gpu != "cpu")
+    return index, _gb(parts, cluster)
+
+
+def phases_gb(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> dict[str, dict[str, float]]:
+    """GB by use, with their total, of each phase of a stage that has several models; else nothing."""
+    if not phases.frozen_models(stage):
+        return {}
+    _, data, micro_batches = layout(stage, cluster)
+    found = phases.phase_bytes(model, stage, data, micro_batches, on_gpu=cluster.gpu != "cpu")
+    return {phase: _gb(parts, cluster) for phase, parts in found.items()}
+
+
+def _gb(parts: Mapping[str, float], cluster: ClusterSpec) -> dict[str, float]:
     gb = {key: value * cluster.memory_factor / 1e9 for key, value in parts.items()}
-    return index, {**gb, "total": sum(gb.values())}
+    return {**gb, "total": sum(gb.values())}
 
 
 def step_time(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec, batch: int) -> timing.Step:
@@ -192,10 +210,11 @@ def step_time(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec, batch: i
     _, data, _ = layout(stage, cluster)
     software = ON_CPU if cluster.gpu == "cpu" else SOFTWARE.get(stage.engine, Software())
     micro_batches = max(1, batch // (data * stage.parallel.micro_batch))
-    step = timing.step(model, stage, chip(cluster, stage.precision), data, micro_batches, software)
+    timed = phases.iteration if phases.frozen_models(stage) else timing.step
+    step = timed(model, stage, chip(cluster, stage.precision), data, micro_batches, software)
     if cluster.step_factor == 1:
         return step
-    return timing.Step(**{key: seconds * cluster.step_factor for key, seconds in vars(step).items()})
+    return type(step)(**{key: seconds * cluster.step_factor for key, seconds in vars(step).items()})
 
 
 def recomputed_flops_per_token(model: ModelSpec, p: ParallelPlan) -> float:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 BAR = 28  # characters of a whole bar
 STEP_WORDS = {
+    "rollout_s": "rollout",
+    "score_s": "score",
     "compute_s": "arithmetic",
     "recompute_s": "recompute",
     "tensor_s": "tensor ranks",
@@ -26,7 +28,8 @@ def details(estimates: Sequence[Mapping[str, Any]]) -> None:
     """Below the table of `orch plan`: memory and a step by use, and what interruptions leave."""
     console = out()
     for e in estimates:
-        console.print(f"\nmemory of the fullest rank (pipeline stage {e['fullest_stage']}), {e['gpu_memory_gb']:g} GB")
+        where = f"pipeline stage {e['fullest_stage']}" if not e["phases"] else _fullest_phase(e["phases"])
+        console.print(f"\nmemory of the fullest rank ({where}), {e['gpu_memory_gb']:g} GB")
         parts = {key: gb for key, gb in e["memory_gb"].items() if key != "total"}
         _bars(parts, e["gpu_memory_gb"], "GB")
         console.print(f"a step, {duration(e['step_s'])} give or take {e['step_band']:.0%}")
@@ -45,6 +48,13 @@ def _end_to_end(e: Mapping[str, Any]) -> list[str]:
         f"end to end {took}{jobs}{energy}: {e['interruptions']:.2g} interruptions, {e['goodput']:.1%} trains",
         f"a checkpoint: {size} GB in {duration(e['save_s'])}, {often}; {room} GB in all",
     ]
+
+
+def _fullest_phase(phases: Mapping[str, Mapping[str, float]]) -> str:
+    """`rollout; score 20.1, update 33.0`: the fullest, and the GB of the others."""
+    fullest, *others = sorted(phases, key=lambda phase: -phases[phase]["total"])
+    rest = ", ".join(f"{phase} {phases[phase]['total']:.1f}" for phase in others)
+    return fullest + (f"; {rest}" if rest else "")
 
 
 def _amount(x: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.memory import PARTS, rank_bytes
+from orchestrator.memory import rank_bytes
 from orchestrator.plan import Estimate, estimate
 from orchestrator.run import write_atomic
 from orchestrator.search import search
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DRAWN_RANKS, DRAWN_MICRO_BATCHES = 16, 24  # more would not be seen
-COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#97bbf5", "#9c6b4e")
+COLORS = (
+    "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#97bbf5", "#9c6b4e", "#3ca951", "#ff8ab7", "#9498a0",
+)  # fmt: skip
 
 
 def write(path: Path, experiment: Experiment, estimates: Sequence[Estimate]) -> None:
@@ -77,7 +79,10 @@ def draw(experiment: Experiment, e: Estimate) -> "Figure":
     figure = Figure(figsize=(11, 13), dpi=100, layout="constrained")
     memory, timeline, nodes = figure.subplots(3)
     _draw_memory(memory, experiment, e)
-    _draw_timeline(timeline, experiment, e)
+    if e.phases:
+        _draw_phases(timeline, e)
+    else:
+        _draw_timeline(timeline, experiment, e)
     _draw_nodes(nodes, experiment, e)
     return figure
 
@@ -91,21 +96,29 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _draw_memory(axes: Any, experiment: Experiment, e: Estimate) -> None:
-    """A bar for each pipeline rank, by use, under the line of what the GPU has."""
-    stage = experiment.stages[e.stage]
-    shown = list(range(e.pipeline)) if e.pipeline <= DRAWN_RANKS else [
-        round(i * (e.pipeline - 1) / (DRAWN_RANKS - 1)) for i in range(DRAWN_RANKS)
-    ]  # fmt: skip
-    on_gpu, factor = experiment.cluster.gpu != "cpu", experiment.cluster.memory_factor / 1e9
-    parts = [rank_bytes(experiment.model, stage, i, e.data, e.micro_batches, on_gpu=on_gpu) for i in shown]
-    below = [0.0] * len(shown)
-    for name, color in zip(PARTS, COLORS, strict=True):
-        gb = [p[name] * factor for p in parts]
-        axes.bar([str(i) for i in shown], gb, bottom=below, label=name, color=color)
+    """A bar for each pipeline rank or phase, by use, under the line of what the GPU has."""
+    bars = e.phases or _by_rank(experiment, e)
+    names = [name for name in dict.fromkeys(name for gb in bars.values() for name in gb) if name != "total"]
+    below = [0.0] * len(bars)
+    for name, color in zip(names, COLORS, strict=False):
+        gb = [parts.get(name, 0.0) for parts in bars.values()]
+        axes.bar(list(bars), gb, bottom=below, label=name, color=color)
         below = [b + g for b, g in zip(below, gb, strict=True)]
     axes.axhline(e.gpu_memory_gb, color="black", ls="--", lw=1, label=f"{e.gpu_memory_gb:g} GB")
-    axes.set(xlabel="pipeline rank", ylabel="GB", title="Memory of one rank of each pipeline stage")
+    what = "phase" if e.phases else "pipeline rank"
+    axes.set(xlabel=what, ylabel="GB", title=f"Memory of one rank, by {what}")
     axes.legend(fontsize=8, ncols=4)
+
+
+def _by_rank(experiment: Experiment, e: Estimate) -> dict[str, dict[str, float]]:
+    """GB by use of one rank of each pipeline stage; of some, where there are many."""
+    stage, last = experiment.stages[e.stage], e.pipeline - 1
+    shown = range(e.pipeline) if last < DRAWN_RANKS else [
+        round(i * last / (DRAWN_RANKS - 1)) for i in range(DRAWN_RANKS)
+    ]  # fmt: skip
+    on_gpu, factor = experiment.cluster.gpu != "cpu", experiment.cluster.memory_factor / 1e9
+    parts = {i: rank_bytes(experiment.model, stage, i, e.data, e.micro_batches, on_gpu=on_gpu) for i in shown}
+    return {str(i): {name: size * factor for name, size in of.items()} for i, of in parts.items()}
 
 
 def schedule(pipeline: int, micro_batches: int) -> list[list[tuple[float, float, int, bool]]]:
@@ -155,6 +168,18 @@ def _draw_timeline(axes: Any, experiment: Experiment, e: Estimate) -> None:
     chunks = experiment.stages[e.stage].parallel.interleave
     more = f"; with {chunks} chunks a rank the gaps are a {chunks}th" if chunks > 1 else ""
     axes.set(xlabel="seconds", ylabel="pipeline rank", title=f"One step, forward and backward{cut}{more}")
+    axes.invert_yaxis()
+
+
+def _draw_phases(axes: Any, e: Estimate) -> None:
+    """What an iteration of several models is made of."""
+    before = {"rollout": e.step_parts_s["rollout_s"], "score": e.step_parts_s["score_s"]}
+    spans = {**before, "update": e.step_s - sum(before.values())}
+    start = 0.0
+    for (name, seconds), color in zip(spans.items(), COLORS, strict=False):
+        axes.barh([name], [seconds], left=start, color=color)
+        start += seconds
+    axes.set(xlabel="seconds", title="One iteration")
     axes.invert_yaxis()
 
 

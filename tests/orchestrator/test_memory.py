@@ -9,7 +9,6 @@ from orchestrator.memory import (
     activation_bytes,
     fullest,
     layer_activation_bytes,
-    ppo_phase_bytes,
     rank_bytes,
     sharded_params,
     slice_of,
@@ -108,13 +107,3 @@ def test_the_last_stage_is_fullest_where_the_head_is_large() -> None:
     assert parts["logits"] > 0
     assert rank_bytes(model, s, 0, 1, 4)["logits"] == 0
     assert fullest(GPT3, stage(pipeline=8, recompute="selective"), 1, 64)[0] == 0
-
-
-def test_ppo_holds_four_models_and_a_cache() -> None:
-    model = ModelSpec(layers=32, hidden=4096, heads=32, kv_heads=8, vocab=32000, position="rope")
-    phases = ppo_phase_bytes(model, stage(zero=3), 8, actors=64, prompt=512, response=512)
-    assert list(phases) == ["rollout", "scoring", "update"]
-    # 2 (keys, values) x 32 layers x 8 heads of 128 x 2 bytes x 64 sequences of 1,024 tokens
-    assert phases["rollout"]["kv_cache"] == 2 * 32 * 8 * 128 * 2 * 64 * 1024
-    assert phases["rollout"]["gathered"] == 2 * model.params
-    assert phases["update"]["frozen"] == 2 * 2 * model.params / 8

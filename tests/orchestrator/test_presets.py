@@ -29,9 +29,19 @@ GPT3 = {
 }
 
 
+# Ouyang et al. 2022, arXiv:2203.02155, appendix C: learning rates and batches of the models that PPO starts from, and
+# learning rates of the values; "6B" is GPT-3's 6.7B
+INSTRUCTGPT = {
+    "1.3b": ("gpt3-1.3b", 5.0e-6, 32, 9e-6),
+    "6b": ("gpt3-6.7b", 1.04e-5, 32, 9e-6),
+    "175b": ("gpt3-175b", 2.45e-6, 8, 5e-6),
+}
+
+
 def test_the_promised_presets_are_there() -> None:
     assert {f"gpt3-{size}" for size in GPT3} | {"gpt1", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"} <= set(MODELS)
-    assert (set(MODELS) - {"tiny"}) | {"demo"} == set(EXPERIMENTS)
+    tuned = {f"instructgpt-{size}" for size in INSTRUCTGPT} | {"instructgpt-13b"}
+    assert (set(MODELS) - {"tiny"}) | {"demo"} | tuned <= set(EXPERIMENTS)
     assert set(CLUSTERS) == {"v100-32g", "a100-40g", "a100-80g", "h100-80g", "h200", "local"}
 
 
@@ -76,6 +86,27 @@ def test_the_mix_is_table_2_2() -> None:
         "common-crawl": 60, "webtext2": 22, "books1": 8, "books2": 8, "wikipedia": 3,
     }  # fmt: skip
     assert sum(s.weight for s in sources.values()) == 101  # as printed
+
+
+@pytest.mark.parametrize("size", INSTRUCTGPT)
+def test_instructgpt(size: str) -> None:
+    model, sft_lr, sft_batch, value_lr = INSTRUCTGPT[size]
+    e = compose(f"instructgpt-{size}").experiment
+    assert list(e.stages) == ["pretrain", "sft", "reward", "ppo"]
+    assert e.model == compose(model).experiment.model
+    assert e.stages["pretrain"] == compose(model).experiment.stages["pretrain"]
+    sft, reward, ppo = (e.stages[name] for name in ("sft", "reward", "ppo"))
+    assert (sft.optimizer.lr, sft.global_batch, sft.options["epochs"]) == (sft_lr, sft_batch, 2)
+    assert sft.steps * sft_batch >= 2 * 12_725
+    assert (reward.optimizer.lr, reward.global_batch, reward.options["epochs"]) == (9e-6, 64, 1)
+    assert (sft.init_from, reward.init_from, ppo.init_from, ppo.after) == ("pretrain", "sft", "sft", ["reward"])
+    o = ppo.options
+    assert ppo.global_batch * ppo.steps == 256_000  # episodes
+    assert ppo.global_batch / o["minibatches"] == 64
+    assert (o["kl_coef"], o["clip"], o["gamma"], o["ema"], o["inner_epochs"]) == (0.02, 0.2, 1, 0.992, 1)
+    assert (o["ptx_coef"], o["ptx_ratio"], o["value_lr"], o["max_tokens"]) == (27.8, 8, value_lr, 1024)
+    assert (ppo.schedule.shape, ppo.optimizer.betas) == ("constant", (0.9, 0.95))
+    assert 2.55e-6 <= ppo.optimizer.lr <= 8.05e-6
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,20 @@ def test_bars_are_as_high_as_the_memory() -> None:
     assert [list(line.get_xdata()) for line in nodes.lines][1] == [1]
 
 
+def test_phases_stand_beside_each_other() -> None:
+    e = compose("instructgpt-1.3b").experiment
+    (planned,) = plan(e, ["ppo"])
+    memory, iteration = draw(e, planned).axes[:2]
+    tops = {
+        phase: max(p.get_y() + p.get_height() for p in memory.patches if abs(p.get_x() + 0.4 - i) < 0.1)
+        for i, phase in enumerate(planned.phases)
+    }
+    assert tops == pytest.approx({phase: gb["total"] for phase, gb in planned.phases.items()})
+    spans = {p.get_x(): p.get_width() for p in iteration.patches}
+    assert sum(spans.values()) == pytest.approx(planned.step_s)
+    assert list(spans)[1] == pytest.approx(planned.step_parts_s["rollout_s"])
+
+
 def test_more_nodes_take_less_time() -> None:
     points = over_nodes(compose("gpt3-13b").experiment, "pretrain")
     days = [e.days for _, e in points]

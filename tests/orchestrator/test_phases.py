@@ -1,0 +1,146 @@
+"""PPO and DPO by hand-computed sums, and against what InstructGPT took."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from orchestrator.checks import check
+from orchestrator.compose import compose
+from orchestrator.hardware import chip
+from orchestrator.phases import frozen_models, iteration, phase_bytes, rollout_s
+from orchestrator.plan import estimate, plan
+from orchestrator.search import search
+from orchestrator.spec import ClusterSpec, ModelSpec, ParallelPlan, StageSpec
+from orchestrator.timing import Software, step
+
+A100 = chip(ClusterSpec(gpu="A100", gpus_per_node=8, gpu_memory_gb=80, gpu_tflops=312, memory_gb_per_s=2000))
+MODEL = ModelSpec(layers=32, hidden=4096, heads=32, kv_heads=8, vocab=32000, position="rope")
+N = MODEL.params
+OPTIONS = {
+    "reward": "reward", "max_tokens": 512, "rollout_batch": 64, "minibatches": 2, "inner_epochs": 3, "ptx_coef": 0.0,
+    "ptx_ratio": 8.0,
+}  # fmt: skip
+
+
+def stage(kind: str = "ppo", engine: str = "deepspeed", options: dict[str, Any] | None = None, **p: Any) -> StageSpec:
+    plan = ParallelPlan(**{"micro_batch": 4, **p})
+    return StageSpec(kind=kind, engine=engine, parallel=plan, options=OPTIONS | (options or {}))
+
+
+def test_four_models_without_sharding() -> None:
+    phases = phase_bytes(MODEL, stage(), 8, 16)
+    assert list(phases) == ["rollout", "score", "update"]
+    for parts in phases.values():  # actor and critic, each 2 + 4 + 12 bytes a parameter; two frozen ones in fp32
+        assert parts["weights"] == 2 * 2 * N
+        assert parts["gradients"] == 2 * 4 * N
+        assert parts["optimizer"] == 2 * 12 * N
+        assert parts["frozen"] == 2 * 4 * N
+        assert parts["average"] == 4 * N
+    assert phases["rollout"]["buffers"] == 0  # the actor itself samples
+    assert phases["update"]["activations"] > phases["score"]["activations"]
+
+
+def test_four_models_sharded() -> None:
+    phases = phase_bytes(MODEL, stage(zero=3), 8, 16)
+    for parts in phases.values():
+        assert parts["weights"] == 2 * 2 * N / 8
+        assert parts["optimizer"] == 2 * 12 * N / 8
+        assert parts["frozen"] == 2 * 4 * N / 8
+        assert parts["average"] == 4 * N / 8
+    assert phases["rollout"]["buffers"] == 2 * N  # a gathered copy of the actor samples
+
+
+def test_the_cache_of_a_rollout() -> None:
+    rollout = phase_bytes(MODEL, stage(), 8, 16)["rollout"]
+    # 2 (keys, values) x 32 layers x 8 heads of 128 x 2 bytes x 64 sequences of 2,048 tokens
+    assert rollout["kv_cache"] == 2 * 32 * 8 * 128 * 2 * 64 * 2048
+    halved = phase_bytes(MODEL, stage(tensor=2), 8, 16)["rollout"]
+    assert halved["kv_cache"] == rollout["kv_cache"] / 2
+
+
+def test_gradients_of_one_engine_at_a_time() -> None:
+    phases = phase_bytes(MODEL, stage(engine="torch", zero=3), 8, 16)
+    assert [parts["gradients"] for parts in phases.values()] == [0, 0, 4 * N / 8]
+
+
+def test_rules_alone_need_no_reward_model() -> None:
+    alone = stage(options={"reward": None})
+    assert (frozen_models(alone), frozen_models(stage()), frozen_models(stage("dpo"))) == (1, 2, 1)
+    assert frozen_models(stage("sft")) == frozen_models(stage("reward")) == 0
+
+
+def test_dpo_holds_a_reference_and_reads_it_first() -> None:
+    s = stage("dpo")
+    (parts,) = phase_bytes(MODEL, s, 8, 4).values()
+    assert parts["frozen"] == 4 * N
+    assert parts["optimizer"] == 12 * N
+    done = iteration(MODEL, s, A100, 8, 4, Software())
+    learning = step(MODEL, s, A100, 8, 4, Software()).total_s
+    # a forward pass is a third of the arithmetic, and has nothing else to do
+    assert 0.25 * learning < done.total_s - learning < 0.35 * learning
+
+
+def test_sampling_reads_all_weights_and_the_cache_for_each_token() -> None:
+    for rows in (1, 64):
+        mean = 2048 - 512 / 2  # tokens in the cache, over the response
+        each = (2 * N + 2 * 32 * 8 * 128 * 2 * rows * mean) / (0.8 * 2e12)
+        sampled = rollout_s(MODEL, stage(), A100, 8, rows, Software())
+        prompts = step(MODEL, stage(micro_batch=rows), A100, 1, 1, Software()).total_s / 3  # at most
+        assert 512 * each < sampled < 512 * each + prompts
+    one, two = (rollout_s(MODEL, stage(), A100, 8, rows, Software()) for rows in (64, 128))
+    assert two == pytest.approx(2 * one)  # in two groups
+
+
+def test_small_models_wait_for_their_kernels() -> None:
+    small = ModelSpec(layers=12, hidden=768, heads=12)
+    sampled = rollout_s(small, stage(), A100, 1, 1, Software())
+    assert sampled == pytest.approx(512 * 12 * 20 * 10e-6, rel=0.02)
+
+
+def test_actor_and_critic_learn_in_turn() -> None:
+    done = iteration(MODEL, stage(), A100, 8, 16, Software())
+    minibatch = step(MODEL, stage(), A100, 8, 8, Software())
+    assert done.compute_s == pytest.approx(2 * 3 * 2 * minibatch.compute_s)  # minibatches, passes, models
+    assert done.optimizer_s == pytest.approx(2 * 3 * 2 * minibatch.optimizer_s)
+    mixed = iteration(MODEL, stage(options={"ptx_coef": 27.8}), A100, 8, 16, Software())
+    assert mixed.compute_s == pytest.approx(done.compute_s * (1 + 8 + 1) / 2)
+
+
+def test_flops_are_those_of_instructgpt() -> None:
+    e = compose("instructgpt-175b").experiment
+    done = estimate(e, "ppo")
+    s = e.stages["ppo"]
+    total = done.mfu * done.step_s * done.world * 312e12 * s.steps
+    tokens = s.global_batch * s.steps * e.model.seq_len
+    # its critic and reward model have 6B: without their two scores and the critic's training
+    without = total - e.model.flops_per_token * tokens * (2 / 3 + 1)
+    assert without / (1e15 * 86400) == pytest.approx(60, rel=0.1)  # Ouyang et al. 2022, section 5.1: 60 PF-days
+
+
+def test_the_plan_takes_the_fullest_phase() -> None:
+    e = compose("instructgpt-6b").experiment
+    done = estimate(e, "ppo")
+    assert done.memory_gb == max(done.phases.values(), key=lambda gb: gb["total"])
+    assert done.step_s == pytest.approx(sum(done.step_parts_s.values()))
+    assert {"rollout_s", "score_s"} < set(done.step_parts_s)
+    assert estimate(e, "sft").phases == {}
+    assert done.checkpoint_gb > 2 * estimate(e, "sft").checkpoint_gb
+    more = replace(e.stages["ppo"], options=e.stages["ppo"].options | {"rollout_batch": 1024})
+    (forced,) = plan(replace(e, stages={**e.stages, "ppo": more}), ["ppo"], force=True)
+    assert forced.memory_gb == forced.phases["rollout"]
+    assert not forced.fits
+
+
+def test_minibatches_split_over_the_data_ranks() -> None:
+    e = compose("instructgpt-6b", ["stages.ppo.options.minibatches=24"]).experiment
+    (problem,) = check(e, "ppo")
+    assert "512 does not divide by `options.minibatches` 24 x data 16 x micro_batch 2 = 768" in problem.message
+    assert "may be 768" in problem.hint
+
+
+def test_layouts_are_found_for_ppo_too() -> None:
+    e = compose("instructgpt-1.3b").experiment
+    (best,) = search(e, "ppo", top=1)
+    assert best.estimate.step_s <= estimate(e, "ppo").step_s
+    assert best.parallel.pipeline == 1
