@@ -6,7 +6,7 @@ stored in a checkpoint but the number of tokens seen.
 
 import math
 
-from orchestrator.spec import StageSpec
+from orchestrator.spec import OptimizerSpec, StageSpec
 
 
 def batch_at(stage: StageSpec, seen: int, seq_len: int) -> int:
@@ -46,3 +46,14 @@ def learning_rate(stage: StageSpec, tokens: int, decay_tokens: float) -> float:
     progress = min(1.0, (tokens - s.warmup_tokens) / max(1.0, decay_tokens - s.warmup_tokens))
     left = 0.5 * (1 + math.cos(math.pi * progress)) if s.shape == "cosine" else 1 - progress
     return peak * (s.min_lr_ratio + (1 - s.min_lr_ratio) * left)
+
+
+def adam_eps(optimizer: OptimizerSpec, update: int) -> float:
+    """Epsilon for the ``update``-th update, the first being 1, of an AdamW that adds it to the corrected sqrt(v).
+
+    TensorFlow 1 adds it to the uncorrected one: eps / sqrt(1 - b2^t) does the same (Kingma and Ba 2014,
+    arXiv:1412.6980, the note before section 2.1). It is larger early on, so that the first steps are shorter.
+    """
+    if optimizer.eps_beside == "corrected":
+        return optimizer.eps
+    return optimizer.eps / math.sqrt(1 - optimizer.betas[1] ** update)

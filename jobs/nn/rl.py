@@ -92,6 +92,16 @@ def value_loss(values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: T
     return 0.5 * masked_mean(worst_BT, mask_BT)
 
 
+def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:
+    """1 - var(R - V) / var(R): 1 for a critic that knows, 0 for one that says the same of everything."""
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask_BT)) ** 2, mask_BT)
+
+    spread = variance(returns_BT)
+    return (1 - variance(returns_BT - values_BT) / spread).item() if spread > 0 else 0.0
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits) over the last dim."""
     log_p = F.log_softmax(logits.float(), -1)

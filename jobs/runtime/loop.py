@@ -10,18 +10,22 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.runtime import dist
 from jobs.runtime.faults import Stopped
 from jobs.runtime.job import Job
-from jobs.runtime.resume import PROBE_SAMPLES, Position, Probe, resume, save
+from jobs.runtime.resume import PROBE_SAMPLES, Position, Probe, load_weights, resume, save
 from orchestrator.errors import TrainingError
-from orchestrator.schedule import batch_at, learning_rate, total_tokens
+from orchestrator.schedule import adam_eps, batch_at, learning_rate, total_tokens
 
 if TYPE_CHECKING:
     from jobs.engines import Batch, Engine
+    from jobs.runtime.pieces import Part
+
+    Judge = Callable[["Samples", int], dict[str, float]]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,75 @@ class Samples(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What one step says of itself."""
+
+    loss: float  # of this rank; the mean over the ranks is logged
+    grad_norm: float
+    tokens: int  # over all ranks
+    values: dict[str, float] = field(default_factory=dict)  # more to log, the same on every rank
+
+
+class Learner(Protocol):
+    """What the loop drives: how a step is taken, how it is judged, what of it is saved. Every method is collective."""
+
+    parts: Mapping[str, Part]  # by the folder below the checkpoint; "", the model that is handed on
+    more: dict[str, Any]  # plain values that belong to the state too, the same on every rank
+
+    def begin(self) -> None:
+        """Start from nothing, or from other stages: there is no checkpoint yet."""
+        ...
+
+    def step(self, at: Position, size: int, lr: float) -> Taken | None:
+        """Learn from the samples from ``at``, ``size`` of them. None: not begun, since a rank was told to stop."""
+        ...
+
+    def measure(self, at: Position, samples: int) -> dict[str, float]:
+        """Metrics over so many of the first held-out samples."""
+        ...
+
+    def probe(self) -> float:
+        """A loss in nats per token that no layout may change, quickly."""
+        ...
+
+
+class Supervised:
+    """One engine that learns from given batches."""
+
+    def __init__(self, job: Job, engine: Engine, data: Samples, held_out: Samples, judge: Judge | None) -> None:
+        self.job, self.engine, self.data, self.held_out = job, engine, data, held_out
+        self.judge = judge or (lambda samples, count: {"val/loss": evaluate(job, engine, samples, count)})
+        self.parts: Mapping[str, Part] = {"": engine}
+        self.more: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Start from the weights of ``init_from``, or from what was drawn."""
+        stage = self.job.stage.init_from
+        if stage:
+            probe = Probe(data=self.held_out.fingerprint, measure=self.probe)
+            load_weights(self.job, self.engine, stage, self.data.tokenizer_sha256, probe)
+
+    def step(self, at: Position, size: int, lr: float) -> Taken:
+        """One step of the optimizer."""
+        started = time.perf_counter()
+        batches = _share(self.job, self.data, at.samples, size)
+        waited_s = time.perf_counter() - started
+        self.job.mark("step")
+        result = self.engine.train_step(batches, lr=lr, eps=adam_eps(self.job.stage.optimizer, at.step + 1))
+        tokens = self.job.place.data_size * sum(b["tokens"].numel() for b in batches)
+        values = {"perf/data_wait_s": waited_s}
+        return Taken(loss=result.loss, grad_norm=result.grad_norm, tokens=tokens, values=values)
+
+    def measure(self, at: Position, samples: int) -> dict[str, float]:
+        """What the judge says."""
+        return self.judge(self.held_out, samples)
+
+    def probe(self) -> float:
+        """The loss on a few held-out samples."""
+        return self.judge(self.held_out, PROBE_SAMPLES)["val/loss"]
+
+
 def train(
     job: Job,
     engine: Engine,
@@ -53,13 +126,24 @@ def train(
     held_out: Samples | None,
     *,
     final_eval_samples: int | None = None,
-    judge: Callable[[Samples, int], dict[str, float]] | None = None,
+    judge: Judge | None = None,
+) -> None:
+    """Train ``engine`` on ``data``, as ``drive`` does.
+
+    Args:
+        judge: what to measure over so many of the first samples, `val/loss` among it; None: that alone.
+    """
+    learner = Supervised(job, engine, data, held_out or data, judge)
+    drive(job, learner, data, held_out, final_eval_samples=final_eval_samples)
+
+
+def drive(
+    job: Job, learner: Learner, data: Samples, held_out: Samples | None, *, final_eval_samples: int | None = None
 ) -> None:
     """Train ``job.stage`` from its newest checkpoint, or from its first step, to its last. Collective.
 
     Args:
         final_eval_samples: samples in the evaluation after the last step; None: all of ``held_out``.
-        judge: what to measure over so many of the first samples, `val/loss` among it; None: that alone.
 
     Raises:
         Stopped: a signal asked for it; everything is saved.
@@ -67,54 +151,43 @@ def train(
         CheckpointError: the checkpoint found belongs to another model, tokenizer or data, or is not what was saved.
     """
     stage, seq_len = job.stage, job.experiment.model.seq_len
-    all_tokens = total_tokens(stage, seq_len)
-    decay_tokens = stage.schedule.decay_tokens or all_tokens
-    held = held_out or data
-    measure = judge or (lambda samples, count: {"val/loss": evaluate(job, engine, samples, count)})
-    probe = Probe(data=held.fingerprint, measure=lambda: measure(held, PROBE_SAMPLES)["val/loss"])
-    at = resume(job, engine, data, probe)
-    job.reached("checkpoint")
-    job.note(from_step=at.step, to_step=at.step, checkpoint_step=at.step)
+    decay_tokens = stage.schedule.decay_tokens or total_tokens(stage, seq_len)
+    probe = Probe(data=(held_out or data).fingerprint, measure=learner.probe)
+    at = _begin(job, learner, data, held_out, probe)
     saved, stall_s = at.step, 0.0
     while at.step < stage.steps:
         job.mark("step", at.step)
         started = time.perf_counter()
         size = batch_at(stage, at.samples, seq_len)
-        batches = _share(job, data, at.samples, size)
-        data_wait_s = time.perf_counter() - started
-        job.mark("step")
         after = Position(step=at.step + 1, samples=at.samples + size, tokens=at.tokens + size * seq_len)
         lr = learning_rate(stage, after.tokens, decay_tokens)
-        result = engine.train_step(batches, lr=lr)
-        loss, stopping = dist.mean_and_any(result.loss, bool(job.stop.cause))
-        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
-            raise TrainingError(
-                f"step {after.step}: loss {loss}, gradient norm {result.grad_norm}",
-                hint=f"the last checkpoint is step {saved}; lower `optimizer.lr`, lengthen the warm-up, or look at "
-                f"samples {at.samples} to {after.samples}",
-            )
-        at = after
-        step_s = time.perf_counter() - started
-        values = {
-            "train/loss": loss,
-            "train/lr": lr,
-            "train/grad_norm": result.grad_norm,
-            **_performance(job, step_s, job.place.data_size * sum(b["tokens"].numel() for b in batches)),
-            "perf/data_wait_s": data_wait_s,
-            "perf/checkpoint_stall_s": stall_s,
-        }
-        last = at.step == stage.steps
-        if held_out and (last or (stage.eval_every and at.step % stage.eval_every == 0)):
-            samples = final_eval_samples if last else stage.eval_samples
-            job.mark("evaluate")
-            values |= measure(held_out, samples or held_out.samples_per_epoch)
-        job.report(at.step, values, tokens=at.tokens)
-        job.reached("step")
-        stall_s = 0.0
-        if last or stopping or at.step % stage.save_every == 0:
+        taken = learner.step(at, size, lr)
+        stopping = taken is None
+        if taken:
+            loss, stopping = dist.mean_and_any(taken.loss, bool(job.stop.cause))
+            if not (math.isfinite(loss) and math.isfinite(taken.grad_norm)):
+                raise _not_finite(at, after, loss, taken.grad_norm, saved)
+            at = after
+            values = {
+                "train/loss": loss,
+                "train/lr": lr,
+                "train/grad_norm": taken.grad_norm,
+                **_performance(job, time.perf_counter() - started, taken.tokens),
+                **taken.values,
+                "perf/checkpoint_stall_s": stall_s,
+            }
+            last = at.step == stage.steps
+            if held_out and (last or (stage.eval_every and at.step % stage.eval_every == 0)):
+                samples = final_eval_samples if last else stage.eval_samples
+                job.mark("evaluate")
+                values |= learner.measure(at, samples or held_out.samples_per_epoch)
+            job.report(at.step, values, tokens=at.tokens)
+            job.reached("step")
+            stall_s = 0.0
+        if saved < at.step and (stopping or at.step == stage.steps or at.step % stage.save_every == 0):
             job.mark("save")
             before = time.perf_counter()
-            if save(job, engine, data, at, probe):
+            if save(job, learner.parts, data, at, probe, learner.more):
                 saved = at.step
                 job.note(to_step=at.step, checkpoint_step=saved)
             stall_s = time.perf_counter() - before
@@ -128,6 +201,30 @@ def train(
         )
     if at.step < stage.steps:
         raise Stopped(next(filter(None, dist.gather(job.stop.cause))), at.step)
+
+
+def _begin(job: Job, learner: Learner, data: Samples, held_out: Samples | None, probe: Probe) -> Position:
+    """Where to go on. What starts from another stage is judged before its first step: has it learned?"""
+    found = resume(job, learner.parts, data, probe)
+    at, more = found or (Position(), {})
+    learner.more.update(more)
+    if not found:
+        learner.begin()
+    job.reached("checkpoint")
+    job.note(from_step=at.step, to_step=at.step, checkpoint_step=at.step)
+    if not found and job.stage.init_from and job.stage.eval_every and held_out:
+        job.mark("evaluate")
+        values = learner.measure(at, job.stage.eval_samples or held_out.samples_per_epoch)
+        job.report(0, values, tokens=0)
+    return at
+
+
+def _not_finite(at: Position, after: Position, loss: float, norm: float, saved: int) -> TrainingError:
+    return TrainingError(
+        f"step {after.step}: loss {loss}, gradient norm {norm}",
+        hint=f"the last checkpoint is step {saved}; lower `optimizer.lr`, lengthen the warm-up, or look at samples "
+        f"{at.samples} to {after.samples}",
+    )
 
 
 def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,10 @@ from orchestrator.errors import CheckpointError
 from orchestrator.spec import CHECKPOINT_BYTES_PER_PARAM, describe_layout, layout_of
 
 if TYPE_CHECKING:
-    from jobs.engines import Engine
     from jobs.runtime.loop import Samples
+    from jobs.runtime.pieces import Part
+
+    Parts = Mapping[str, Part]  # by the folder below the checkpoint; "", the model that is handed on
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +53,14 @@ class Probe:
 
 def identity(job: Job, data: Samples) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that loads it."""
+    return {"model": _model(job), "tokenizer": data.tokenizer_sha256, "data": data.fingerprint}
+
+
+def _model(job: Job) -> dict[str, Any]:
+    """The shape of the model; dropout is no part of it."""
     model = asdict(job.experiment.model)
     del model["dropout"]
-    return {"model": model, "tokenizer": data.tokenizer_sha256, "data": data.fingerprint}
+    return model
 
 
 def layout(job: Job) -> dict[str, Any]:
@@ -61,11 +68,17 @@ def layout(job: Job) -> dict[str, Any]:
     return layout_of(job.stage, job.ranks.world)
 
 
-def save(job: Job, engine: Engine, data: Samples, at: Position, probe: Probe) -> bool:
-    """Write and commit a checkpoint, then retire old ones; on failure training goes on without. Collective."""
+def save(job: Job, parts: Parts, data: Samples, at: Position, probe: Probe, more: dict[str, Any]) -> bool:
+    """Write and commit a checkpoint, then retire old ones; on failure training goes on without. Collective.
+
+    Args:
+        more: what else the run is made of; plain values, the same on every rank.
+    """
 
     def write(folder: Path) -> None:
-        pieces.save(folder, engine, job.ranks)
+        for name, part in parts.items():
+            (folder / name).mkdir(exist_ok=True)
+            pieces.save(folder / name, part, job.ranks)
         save_rng(folder, job.ranks.rank)
 
     state = {
@@ -73,6 +86,7 @@ def save(job: Job, engine: Engine, data: Samples, at: Position, probe: Probe) ->
         "layout": layout(job),
         "position": asdict(at),
         "probe": {"data": probe.data, "loss": probe.measure()},
+        "more": more,
         "attempt": job.attempt,
         "time": time.time(),
     }
@@ -82,7 +96,7 @@ def save(job: Job, engine: Engine, data: Samples, at: Position, probe: Probe) ->
         state,
         write,
         ranks=job.ranks,
-        expected_bytes=int(job.experiment.model.params * CHECKPOINT_BYTES_PER_PARAM * 1.02) + 1_000_000,
+        expected_bytes=int(len(parts) * job.experiment.model.params * CHECKPOINT_BYTES_PER_PARAM * 1.02) + 1_000_000,
         may_commit=lambda: is_current(job.run, job.attempt),
     )
     if done:
@@ -90,20 +104,19 @@ def save(job: Job, engine: Engine, data: Samples, at: Position, probe: Probe) ->
     return done
 
 
-def resume(job: Job, engine: Engine, data: Samples, probe: Probe) -> Position:
-    """Load the newest whole checkpoint; without one, the weights of ``init_from``, or nothing. Collective.
+def resume(job: Job, parts: Parts, data: Samples, probe: Probe) -> tuple[Position, dict[str, Any]] | None:
+    """Load the newest whole checkpoint; return where it stands, and its ``more``. None: there is none. Collective.
 
     Raises:
         CheckpointError: it is of another model, tokenizer or data, or its loss is not what it was when it was saved.
     """
     found = checkpoint.newest(job.run.checkpoints, ranks=job.ranks)
     if found is None:
-        if job.stage.init_from:
-            _start_from(job, engine, data, job.stage.init_from, probe)
-        return Position()
+        return None
     folder, state = found
     checkpoint.check_identity(folder, state["identity"], identity(job, data))
-    pieces.load(folder, engine)
+    for name, part in parts.items():
+        pieces.load(folder / name, part)
     at = Position(**state["position"])
     if state["layout"] == layout(job):
         load_rng(folder, job.ranks.rank)
@@ -111,19 +124,29 @@ def resume(job: Job, engine: Engine, data: Samples, probe: Probe) -> Position:
         _converted(job, folder, state, probe)
         new_rng(at.step)
     log.info("resumed `%s` at step %d, %d tokens", folder, at.step, at.tokens)
-    return at
+    return at, state.get("more", {})
 
 
-def _start_from(job: Job, engine: Engine, data: Samples, stage: str, probe: Probe) -> None:
-    """Load the weights another stage of this experiment ended with."""
+def load_weights(job: Job, part: Part, stage: str, tokenizer: str, probe: Probe | None = None) -> None:
+    """Load the weights that another ``stage`` of this experiment ended with. Collective.
+
+    Args:
+        tokenizer: SHA-256 of the tokenizer that they must have been trained with.
+        probe: what they must compute here as they did there; None: it is not looked at.
+
+    Raises:
+        CheckpointError: there are none, they are of another model or tokenizer, or they compute something else here.
+    """
     other = job.run.root / job.run.experiment / stage / "checkpoints"
     found = checkpoint.newest(other, ranks=job.ranks)
     if found is None:
-        raise CheckpointError(f"`init_from: {stage}`: no checkpoint in `{other}`", hint=f"run stage `{stage}` first")
+        raise CheckpointError(f"stage `{stage}` has no checkpoint in `{other}`", hint=f"run stage `{stage}` first")
     folder, state = found
-    checkpoint.check_identity(folder, state["identity"], identity(job, data), free=("data",))
-    pieces.load(folder, engine, weights_only=True)
-    if state["layout"] != layout(job):
+    mine = {"model": _model(job), "tokenizer": tokenizer}
+    checkpoint.check_identity(folder, state["identity"], mine, free=("data",))
+    pieces.load(folder, part, weights_only=True)
+    job.has_loaded(stage, folder)
+    if probe and state["layout"] != layout(job):
         _converted(job, folder, state, probe)
     log.info("weights of `%s`", folder)
 

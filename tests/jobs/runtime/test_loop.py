@@ -106,7 +106,7 @@ def _chain(ranks, root):
     other.tokenizer_sha256 = "other tokenizer"
     with pytest.raises(CheckpointError, match="`tokenizer` is 'tokenizer' there and 'other tokenizer' here"):
         _train(ranks, root, "fourth", second, data=other)
-    with pytest.raises(CheckpointError, match="`init_from: nowhere`: no checkpoint"):
+    with pytest.raises(CheckpointError, match="stage `nowhere` has no checkpoint"):
         _train(ranks, root, "fifth", replace(second, init_from="nowhere"))
 
 

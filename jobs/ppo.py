@@ -1,0 +1,495 @@
+"""Stage `ppo`: a policy learns from a reward (Ouyang et al. 2022, arXiv:2203.02155, section 3.5 and appendix C.4).
+
+Four models: the actor, which begins as `init_from`, and the critic, which begins as the reward model, are trained; the
+reference, which stays what the actor began as, and the reward model are only asked. One step of the stage:
+
+    rollout   the actor answers `global_batch` prompts
+    score     reward model and rules judge the answers; actor, reference and critic read them
+    update    `inner_epochs` passes over them in `minibatches`: one step of the actor and one of the critic for each
+
+What is drawn depends on the seed, the number of the sample and of the token alone, and minibatches on seed and step, so
+a run that is killed in any of these goes on bit for bit from its last checkpoint, and on any number of ranks.
+
+Metrics of a step, over its answers (`val/` the same of held-out prompts, answered with the same draws every time):
+
+    train/reward              score and rules by their coefficients, less the penalty: what is learned from, without KL
+    train/score               of the reward model, normalised by `reward.json`, clipped
+    train/rule/<name>         of each rule
+    train/kl                  sum over a response of log p - log p_ref, nats, mean over responses
+    train/kl_coef             the coefficient of the penalty
+    train/entropy             of the next token, nats, mean over tokens, where it was sampled
+    train/length              tokens of a response, its end token included; train/ended: the share that has one
+    train/distinct            share of responses that no other one equals
+    train/logp_gap            mean over tokens of |log p of the rollout - log p of the trainer|
+    train/loss, value_loss    equation 7 of arXiv:1707.06347, negated; the clipped square of openai/lm-human-preferences
+    train/clipped             share of tokens whose ratio left [1 - clip, 1 + clip]
+    train/approx_kl           mean of (log p - log p_old)^2 / 2 during the update
+    train/explained_variance  1 - var(returns - values) / var(returns), before the update
+    train/ptx_loss            nats per token of pretraining text, where it is mixed in
+    perf/rollout_s, score_s, update_s; perf/rollout_tokens_per_s, of responses, over all ranks
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from jobs.runtime.job import Job
+from orchestrator.errors import DataError, TrainingError
+from orchestrator.run import read_json, write_atomic
+from orchestrator.schedule import adam_eps
+
+if TYPE_CHECKING:
+    import torch
+
+    from jobs.data.chat import Chat
+    from jobs.data.examples import Prompt
+    from jobs.data.packed import PackedDataset
+    from jobs.data.prompts import Prompts, Rows
+    from jobs.engines import Batch, Engine, StepResult
+    from jobs.nn.rollout import Rollout
+    from jobs.runtime.loop import Taken
+    from jobs.runtime.pieces import Part
+    from jobs.runtime.resume import Position
+
+PER_GPU = True
+REWARD_FILE = "reward.json"  # of a stage `reward`
+HELD_OUT = 2**40  # number of the first held-out sample: no step draws as it does
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `stages.<name>.options` may say. The defaults are InstructGPT's where they were published."""
+
+    examples: str = "prompts"  # of `data.examples`
+    reward: str | None = "reward"  # the stage whose model judges; null: rules alone
+    reward_coef: float = 1.0
+    clip_reward: float = 5.0  # of the normalised score, to both sides
+    min_reward_accuracy: float = 0.6  # of the reward model on held-out pairs; below, nothing starts
+    rules: dict[str, float] = field(default_factory=dict)  # `package.module:function` to its coefficient; 0: watched
+    no_end_penalty: float = 0.0  # off the reward of a response that does not end
+    max_tokens: int = 128  # of a response
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    rollout_batch: int = 64  # responses a rank samples at a time
+    minibatches: int = 1
+    inner_epochs: int = 1
+    kl_coef: float = 0.02
+    kl_target: float | None = None  # nats per response that kl_coef is steered to (arXiv:1909.08593); null: fixed
+    kl_horizon: int = 10_000  # responses
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_lr: float = 9e-6  # at its peak; it moves as `optimizer.lr` does
+    ptx_coef: float = 0.0  # of the pretraining loss; InstructGPT's PPO-ptx: 27.8
+    ptx_ratio: float = 8.0  # sequences of pretraining text for each response
+    ema: float = 0.992  # decay of the actor's average, once a step
+    samples: int = 16  # held-out responses that are kept at each evaluation
+    max_kl: float = 100.0  # the gates: beyond them `patience` steps on end, the run stops
+    min_entropy: float = 0.01
+    min_length: float = 2.0
+    max_logp_gap: float = 0.1
+    patience: int = 5
+
+
+def run(job: Job) -> dict[str, float]:
+    """Train the policy."""
+    from jobs.data.chat import Chat
+    from jobs.data.examples import files_of
+    from jobs.data.prompts import Prompts
+    from jobs.runtime import loop
+
+    data, o = job.experiment.data, job.options
+    chat, longest = Chat.open(data), job.experiment.model.seq_len - o.max_tokens
+    train = Prompts(files_of(data, o.examples, "train"), chat, longest=longest, seed=data.seed)
+    held_out = Prompts(files_of(data, o.examples, "val"), chat, longest=longest, seed=0)
+    log.info("%d prompts; left out: %s", train.samples_per_epoch, dict(train.left_out))
+    loop.drive(job, PPO(job, chat, train, held_out), train, held_out, final_eval_samples=job.stage.eval_samples)
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """The answers to some prompts and all that is said of them, the same on every rank. B answers, R tokens of one."""
+
+    texts: list[str]
+    rows: Rows
+    sampled_BR: torch.Tensor  # log-probabilities when the tokens were drawn
+    entropy_BR: torch.Tensor
+    logp_BR: torch.Tensor  # log-probabilities to the actor as it trains
+    reference_BR: torch.Tensor
+    values_BR: torch.Tensor
+    judged: dict[str, torch.Tensor]  # (B,) each: `reward`, what it is made of, and `ended`
+
+    @property
+    def kl_B(self) -> torch.Tensor:
+        """How far each response is from the reference, in nats."""
+        return ((self.logp_BR - self.reference_BR) * self.rows.mask_BR).sum(1)
+
+    def facts(self) -> dict[str, float]:
+        """The metrics that need nothing else."""
+        tokens, mask_BR = self.rows.mask_BR.sum().item(), self.rows.mask_BR
+        return {
+            **{name: value_B.mean().item() for name, value_B in self.judged.items()},
+            "kl": self.kl_B.mean().item(),
+            "entropy": (self.entropy_BR * mask_BR).sum().item() / tokens,
+            "length": tokens / len(self.texts),
+            "distinct": sum(self.texts.count(text) == 1 for text in self.texts) / len(self.texts),
+            "logp_gap": ((self.sampled_BR - self.logp_BR).abs() * mask_BR).sum().item() / tokens,
+        }
+
+
+class PPO:
+    """What the loop drives."""
+
+    def __init__(self, job: Job, chat: Chat, train: Prompts, held_out: Prompts) -> None:
+        from jobs.data import rules
+        from jobs.nn.gpt import GPT
+        from jobs.nn.heads import Scorer
+        from jobs.runtime import start
+        from jobs.runtime.ema import Average
+        from jobs.runtime.gates import Gates
+
+        o, policy, tokenizer = job.options, str(job.stage.init_from), chat.tokenizer_sha256
+        self.job, self.stage, self.o, self.chat, self.train, self.held_out = job, job.stage, o, chat, train, held_out
+        self.rules = {name: rules.load(name) for name in o.rules}
+        self.mean, self.std = reward_facts(job, chat) if o.reward else (0.0, 1.0)
+        self.actor = start.build(job, GPT, self._policy_loss)
+        self.critic = start.build(job, Scorer, self._value_loss)
+        self.reference = start.frozen(job, GPT, policy, tokenizer)
+        self.reward = start.frozen(job, Scorer, o.reward, tokenizer) if o.reward else None
+        self.actor.module.temperature = self.reference.module.temperature = o.temperature
+        self.average = Average(self.actor, o.ema)
+        self.parts: Mapping[str, Part] = {"": self.actor, "critic": self.critic, "ema": self.average}
+        self.more: dict[str, Any] = {"kl_coef": o.kl_coef}
+        watched = [f"rule/{_short(name)}" for name, coefficient in o.rules.items() if not coefficient]
+        self.gates = Gates(o, self.more, watched, evidence=job.run.folder / "samples")
+        self.text = pretraining_text(job) if o.ptx_coef else None
+        self.sums: dict[str, float] = defaultdict(float)  # over this rank's micro-batches of a step
+        self.scale = 1
+
+    def begin(self) -> None:
+        """The actor from `init_from`; the critic from the reward model, its values in the unit of the reward."""
+        from jobs.runtime.resume import load_weights
+
+        policy, tokenizer = str(self.stage.init_from), self.chat.tokenizer_sha256
+        load_weights(self.job, self.actor, policy, tokenizer)
+        self.average.restart()
+        load_weights(self.job, self.critic, self.o.reward or policy, tokenizer)
+        unit = self.o.reward_coef / self.std if self.reward else 0.0
+        for piece in self.critic.pieces():
+            if piece.slot == "weight" and piece.name.startswith("score."):
+                piece.data.detach().sub_(self.mean if piece.name == "score.bias" else 0.0).mul_(unit)
+        self.critic.filled()
+
+    def step(self, at: Position, size: int, lr: float) -> Taken | None:
+        """Roll out, score, update."""
+        from jobs.nn import rl
+        from jobs.runtime.loop import Taken
+
+        self.gates.check()
+        began = time.perf_counter()
+        prompts = self.train.take(at.samples, size)
+        answers = self._answers(prompts, at.samples, stoppable=True)
+        if answers is None:
+            return None
+        rolled_out = time.perf_counter()
+        e, kl_coef, mask_BR = self._judged(prompts, answers), self.more["kl_coef"], answers.mask_BT
+        rewards_BR = rl.token_rewards(e.judged["reward"], e.logp_BR, e.reference_BR, mask_BR, kl_coef)
+        gain_BR = rl.advantages(rewards_BR, e.values_BR, mask_BR, gamma=self.o.gamma, lam=self.o.lam)
+        learned = {
+            "old": e.logp_BR,
+            "advantages": rl.whiten(gain_BR, mask_BR) * mask_BR,
+            "values": e.values_BR,
+            "returns": gain_BR + e.values_BR,
+        }
+        scored = time.perf_counter()
+        loss, values = self._update(e.rows, learned, at, lr)
+        updated = time.perf_counter()
+
+        facts = e.facts()
+        control = rl.KLController(kl_coef, self.o.kl_target, self.o.kl_horizon)
+        control.update(facts["kl"], size)
+        self.more["kl_coef"] = control.coef
+        self.average.update()
+        self.gates.step(facts)
+        values |= {f"train/{name}": value for name, value in facts.items()}
+        values |= {
+            "train/kl_coef": kl_coef,
+            "train/explained_variance": rl.explained_variance(e.values_BR, learned["returns"], mask_BR),
+            "perf/rollout_s": rolled_out - began,
+            "perf/score_s": scored - rolled_out,
+            "perf/update_s": updated - scored,
+            "perf/rollout_tokens_per_s": mask_BR.sum().item() / (rolled_out - began),
+        }
+        tokens = int((e.rows.last_B + 1).sum())
+        return Taken(loss=loss, grad_norm=values.pop("train/grad_norm"), tokens=tokens, values=values)
+
+    def measure(self, at: Position, samples: int) -> dict[str, float]:
+        """The same of held-out prompts; a few of the answers go to `samples/`."""
+        prompts = self.held_out.take(0, min(samples, self.held_out.samples_per_epoch))
+        answers = self._answers(prompts, HELD_OUT)
+        assert answers is not None, "it cannot be stopped"
+        e = self._judged(prompts, answers)
+        if self.job.ranks.rank == 0:
+            self._keep_samples(at.step, prompts, e)
+        self.gates.evaluation(e.judged)
+        return {f"val/{name}": value for name, value in e.facts().items()}
+
+    def probe(self) -> float:
+        """How well the actor reads a few held-out prompts."""
+        from jobs.runtime.loop import evaluate
+        from jobs.runtime.resume import PROBE_SAMPLES
+
+        return evaluate(self.job, self.actor, self.held_out, PROBE_SAMPLES)
+
+    # Rollout and score: each data rank does its share of the rows, then every rank has them all.
+
+    def _answers(self, prompts: Sequence[Prompt], first: int, *, stoppable: bool = False) -> Rollout | None:
+        """Responses to ``prompts``, the samples from number ``first``; None where a rank was told to stop."""
+        from jobs.nn.rollout import Rollout, Sampling, generate
+        from jobs.runtime import dist
+
+        o, mine = self.o, self._mine(len(prompts), 1)
+        how = Sampling(max_tokens=o.max_tokens, top_k=o.top_k, top_p=o.top_p)  # the actor divides by the temperature
+        found: list[Rollout] = []
+        with self.actor.sampler() as model:
+            model.temperature = o.temperature
+            for turn in range(0, len(mine), o.rollout_batch):
+                self.job.mark("step")
+                if stoppable and dist.mean_and_any(0.0, bool(self.job.stop.cause))[1]:
+                    return None
+                asked = [prompts[i % len(prompts)].ids for i in mine[turn : turn + o.rollout_batch]]
+                number = first + mine[turn]
+                found.append(generate(model, asked, how, end=self.chat.end, seed=self.stage.seed, first=number))
+        fields = ("tokens_BT", "mask_BT", "logp_BT", "entropy_BT")
+        return Rollout(**{name: self._together([getattr(r, name) for r in found], len(prompts)) for name in fields})
+
+    def _judged(self, prompts: Sequence[Prompt], answers: Rollout) -> Experience:
+        """``answers`` with what all models and rules say of them."""
+        import torch
+
+        from jobs.data.prompts import Rows
+
+        responses = answers.responses()
+        rows = Rows.of([p.ids for p in prompts], responses, self.chat.end)
+        texts = [self.chat.text(r) for r in responses]
+        mine, micro = self._mine(len(prompts), self.stage.parallel.micro_batch), self.stage.parallel.micro_batch
+        found: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for turn in range(0, len(mine), micro):
+            self.job.mark("step")
+            numbers = [i % len(prompts) for i in mine[turn : turn + micro]]
+            part = rows.take(numbers)
+            batch = {"tokens": part.ids_BT[:, :-1], "targets": part.ids_BT[:, 1:]}
+            for name, model in (("logp", self.actor), ("reference", self.reference)):
+                found[name].append(-part.pick(model.forward(batch)))
+            found["values"].append(part.pick(self.critic.forward(batch)))
+            if self.reward:
+                raw_BT = self.reward.forward({"tokens": part.ids_BT}).cpu()
+                found["score"].append((raw_BT.gather(1, part.last_B[:, None])[:, 0] - self.mean) / self.std)
+            for name, rule in self.rules.items():
+                said = [rule(prompts[i].line["prompt"], texts[i], prompts[i].line) for i in numbers]
+                found[f"rule/{_short(name)}"].append(torch.tensor(said))
+        whole = {name: self._together(parts, len(prompts)) for name, parts in found.items()}
+        ended_B = torch.tensor([float(r[-1] == self.chat.end) for r in responses])
+        return Experience(
+            texts=texts,
+            rows=rows,
+            sampled_BR=answers.logp_BT[:, : rows.mask_BR.shape[1]],
+            entropy_BR=answers.entropy_BT[:, : rows.mask_BR.shape[1]],
+            logp_BR=whole.pop("logp"),
+            reference_BR=whole.pop("reference"),
+            values_BR=whole.pop("values"),
+            judged=self._reward(whole, ended_B, texts) | {"ended": ended_B},
+        )
+
+    def _reward(self, said: dict[str, torch.Tensor], ended_B: torch.Tensor, texts: Sequence[str]) -> dict[str, Any]:
+        """What is learned from, and what it is made of. Raises TrainingError where it is no number."""
+        reward_B = self.o.no_end_penalty * (ended_B - 1)
+        if "score" in said:
+            said["score"] = said["score"].clamp(-self.o.clip_reward, self.o.clip_reward)
+            reward_B = reward_B + self.o.reward_coef * said["score"]
+        for name, coefficient in self.o.rules.items():
+            reward_B = reward_B + coefficient * said[f"rule/{_short(name)}"]
+        for text, reward in zip(texts, reward_B.tolist(), strict=True):
+            if not math.isfinite(reward):
+                raise TrainingError(
+                    f"the reward of a response is {reward}: {text[:80]!r}",
+                    hint="look at the reward model; the last checkpoint is whole, and `orch resume` goes on from it",
+                )
+        return {"reward": reward_B, **said}
+
+    def _mine(self, count: int, each: int) -> list[int]:
+        """The rows of this data rank, in turns of ``each``, as many as any other's; behind ``count`` they repeat."""
+        place = self.job.place
+        share = -(-count // (place.data_size * each)) * each
+        return [*range(place.data * share, (place.data + 1) * share)]
+
+    def _together(self, mine: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+        """The rows of all data ranks, on every rank, on the CPU."""
+        import torch
+
+        from jobs.runtime import dist
+
+        rows = torch.cat([t.cpu() for t in mine]).numpy()
+        everyone = dist.gather(rows if self.job.place.tensor == 0 else None)
+        return torch.cat([torch.from_numpy(of_rank) for of_rank in everyone if of_rank is not None])[:count]
+
+    # Update: minibatches of all rows, the same on every number of ranks; each data rank has its micro-batches of them.
+
+    def _update(
+        self, rows: Rows, learned: dict[str, torch.Tensor], at: Position, lr: float
+    ) -> tuple[float, dict[str, float]]:
+        """All passes over the answers; the policy's mean loss on this rank, and metrics."""
+        from jobs.data.examples import shuffled
+        from jobs.runtime import dist
+
+        o, place, count = self.o, self.job.place, len(rows.ids_BT)
+        size, passes = count // o.minibatches, o.inner_epochs * o.minibatches
+        value_lr = lr * o.value_lr / self.stage.optimizer.lr
+        loss, self.sums = 0.0, defaultdict(float)
+        for number in range(passes):
+            epoch, k = divmod(number, o.minibatches)
+            order = shuffled(count, self.stage.seed, at.step * o.inner_epochs + epoch)
+            batches = self._batches(rows, learned, order[k * size : (k + 1) * size].tolist())
+            done = at.step * passes + number
+            text, eps = self._text(size, done), adam_eps(self.stage.optimizer, done + 1)
+            policy = self._train(self.actor, [*batches, *text], lr, eps)
+            value = self._train(self.critic, batches, value_lr, eps)
+            loss += policy.loss / passes
+            self.sums["grad_norm"] += policy.grad_norm / place.data_size
+            self.sums["value_grad_norm"] += value.grad_norm / place.data_size
+        totals = dist.totals(self.sums)  # tensor ranks say the same
+        return loss, {f"train/{name}": total / passes / place.tensor_size for name, total in totals.items()}
+
+    def _train(self, engine: Engine, batches: list[Batch], lr: float, eps: float) -> StepResult:
+        self.job.mark("step")
+        self.scale = len(batches) * self.job.place.data_size  # the engine takes the mean where parts are to be summed
+        return engine.train_step(batches, lr=lr, eps=eps)
+
+    def _batches(self, rows: Rows, learned: dict[str, torch.Tensor], chosen: Sequence[int]) -> list[Batch]:
+        """This data rank's micro-batches of the rows ``chosen``; ``part``: the share of their tokens that each has."""
+        place, micro = self.job.place, self.stage.parallel.micro_batch
+        turns, left = divmod(len(chosen), place.data_size * micro)
+        if left:
+            raise DataError(
+                f"a minibatch of {len(chosen)} responses does not split over {place.data_size} data ranks with "
+                f"micro-batches of {micro}",
+                hint="`global_batch` is a multiple of `options.minibatches` x data ranks x `parallel.micro_batch`",
+            )
+        tokens, batches = rows.mask_BR[chosen].sum(), []
+        for turn in range(turns):
+            first = (turn * place.data_size + place.data) * micro
+            numbers = chosen[first : first + micro]
+            part = rows.take(numbers)
+            batch = {"tokens": part.ids_BT[:, :-1], "targets": part.ids_BT[:, 1:], "at": part.at_BR}
+            batch |= {"mask": part.mask_BR, "part": part.mask_BR.sum() / tokens}
+            batches.append(batch | {name: value_BR[numbers] for name, value_BR in learned.items()})
+        return batches
+
+    def _text(self, responses: int, done: int) -> list[Batch]:
+        """Pretraining text to mix into the update that follows ``done`` others."""
+        import torch
+
+        if self.text is None:
+            return []
+        place, micro = self.job.place, self.stage.parallel.micro_batch
+        turns, left = divmod(responses * self.o.ptx_ratio, place.data_size * micro)
+        if left or not turns:
+            raise DataError(
+                f"`ptx_ratio` {self.o.ptx_ratio:g} of {responses} responses does not split over {place.data_size} data "
+                f"ranks with micro-batches of {micro}",
+                hint=f"the next that does is {(turns + 1) * place.data_size * micro / responses:g}",
+            )
+        turns = int(turns)
+        first = (done * turns * place.data_size + place.data) * micro
+        part = torch.tensor(1 / (turns * place.data_size))
+        return [
+            self.text.batch(first + turn * place.data_size * micro, micro) | {"part": part} for turn in range(turns)
+        ]
+
+    def _policy_loss(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Ouyang et al., equation 2, as far as it is a loss: the rewards and their penalty are in the advantages."""
+        from jobs.nn import rl
+
+        b = {name: t.to(nll_BT.device) for name, t in batch.items()}
+        if "at" not in b:
+            self._note(b["part"], ptx_loss=nll_BT.mean())
+            return self.o.ptx_coef * nll_BT.mean() * b["part"] * self.scale
+        logp_BR = -nll_BT.gather(1, b["at"])
+        got = rl.policy_loss(logp_BR, b["old"], b["advantages"], b["mask"], clip=self.o.clip)
+        self._note(b["part"], clipped=got.clipped, approx_kl=got.approx_kl)
+        return got.loss * b["part"] * self.scale
+
+    def _value_loss(self, values_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+        from jobs.nn import rl
+
+        b = {name: t.to(values_BT.device) for name, t in batch.items()}
+        values_BR = values_BT.gather(1, b["at"])
+        loss = rl.value_loss(values_BR, b["values"], b["returns"], b["mask"], clip=self.o.value_clip)
+        self._note(b["part"], value_loss=loss)
+        return loss * b["part"] * self.scale
+
+    def _note(self, part: torch.Tensor, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] += (value.detach() * part).item()
+
+    def _keep_samples(self, step: int, prompts: Sequence[Prompt], e: Experience) -> None:
+        """What the policy says, where people can read it."""
+        folder = self.job.run.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        lines = []
+        for i in range(min(self.o.samples, len(prompts))):
+            judged = {name: round(value_B[i].item(), 4) for name, value_B in e.judged.items()}
+            prompt = self.chat.tokenizer.decode(prompts[i].ids, skip_special_tokens=False)
+            line = {"step": step, "prompt": prompt, "response": e.texts[i], **judged, "kl": round(e.kl_B[i].item(), 4)}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        write_atomic(folder / f"step-{step:07d}.jsonl", "".join(lines))
+
+
+def reward_facts(job: Job, chat: Chat) -> tuple[float, float]:
+    """Mean and standard deviation of the reward model's scores of good responses.
+
+    Raises:
+        DataError: the model is not there, was trained with another tokenizer or template, or is too often wrong.
+    """
+    stage, gate = job.options.reward, job.options.min_reward_accuracy
+    path = job.run.root / job.run.experiment / stage / REWARD_FILE
+    if not path.exists():
+        raise DataError(f"no `{path}`", hint=f"run stage `{stage}`, of kind `reward`, to its end first")
+    facts = read_json(path)
+    if facts["template"] != chat.sha256:
+        raise DataError(
+            f"the reward model of `{path}` reads another tokenizer or chat template: {facts['template'][:12]} there, "
+            f"{chat.sha256[:12]} here",
+            hint=f"train stage `{stage}` again with this experiment's `data`",
+        )
+    if facts["accuracy"] < gate:
+        raise DataError(
+            f"the reward model of `{path}` is right on {facts['accuracy']:.3f} of held-out pairs, and "
+            f"`options.min_reward_accuracy` is {gate}",
+            hint="train it longer or on more pairs; a policy would learn its mistakes",
+        )
+    return facts["mean"], facts["std"] or 1.0
+
+
+def pretraining_text(job: Job) -> PackedDataset:
+    """What `pretrain` learns from, to mix in."""
+    from jobs.data.packed import PackedDataset
+
+    model = job.experiment.model
+    return PackedDataset.open(job.experiment.data, seq_len=model.seq_len, split="train", vocab=model.vocab)
+
+
+def _short(rule: str) -> str:
+    """`quality` of `jobs.data.functions:quality`."""
+    return rule.rpartition(":")[2]
