@@ -240,7 +240,7 @@ def _batch(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Probl
                 message=f"`{where}.{key}` {size} does not divide by data {data} x micro_batch {p.micro_batch} = {each}",
                 hint=f"`{where}.{key}` may be {_any(_multiples(size, each))}",
             )
-    parts = stage.options["minibatches"] if stage.kind == "ppo" else 1
+    parts = max(1, stage.options.get("minibatches", 1))
     if stage.global_batch % each == 0 and stage.global_batch % (parts * each):
         yield Problem(
             message=f"`{where}.global_batch` {stage.global_batch} does not divide by `options.minibatches` {parts} x "

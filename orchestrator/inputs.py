@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from orchestrator.errors import DataError
-from orchestrator.spec import DataSpec, Experiment
+from orchestrator.spec import DataSpec, ExamplesSpec, Experiment
 
 PREPARE = "prepare"  # the kind that reads text and writes the shards that every other kind reads
 BUILTIN = "builtin:"  # text that comes with Python
@@ -45,6 +45,9 @@ def check(experiment: Experiment, stage: str, before: Iterable[str]) -> None:
         _check_text(experiment.data)
     elif PREPARE not in [kinds[name] for name in before]:
         _check_shards(experiment.data, stage, [name for name, kind in kinds.items() if kind == PREPARE])
+    entry = experiment.data.examples.get(experiment.stages[stage].options.get("examples", ""))
+    if entry:
+        _check_examples(entry, experiment.stages[stage].options["examples"])
 
 
 def _check_text(data: DataSpec) -> None:
@@ -54,6 +57,13 @@ def _check_text(data: DataSpec) -> None:
                 raise DataError(f"no text at `{path}`", hint=f"set `data.sources.{name}.text`")
     if data.tokenizer and not Path(data.tokenizer).exists():
         raise DataError(f"no tokenizer at `{data.tokenizer}`", hint="set `data.tokenizer`, or null to train one")
+
+
+def _check_examples(given: ExamplesSpec, name: str) -> None:
+    for split in ("train", "val"):
+        for path in getattr(given, split):
+            if not path.startswith(BUILTIN) and not Path(path).is_file():
+                raise DataError(f"no examples at `{path}`", hint=f"set `data.examples.{name}.{split}`")
 
 
 def _check_shards(data: DataSpec, stage: str, prepare: Sequence[str]) -> None:

@@ -153,7 +153,7 @@ def _changed(run: Run, read: dict[str, str], loaded: dict[str, Checkpoint]) -> I
 
 
 def _retokenized(here: Saved | None, corpus: dict[str, Any]) -> Iterator[str]:
-    was, now = (here or {}).get("tokenizer_sha256", ""), corpus.get("tokenizer_sha256", "")
+    was, now = here["tokenizer_sha256"] if here else "", corpus.get("tokenizer_sha256", "")
     if was and now and was != now:
         yield f"the tokenizer was {was[:SHORT]}, and `{corpus['folder']}` has {now[:SHORT]}"
 

@@ -12,9 +12,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from orchestrator import phases, timing
+from orchestrator import contracts, phases, timing
 from orchestrator.checks import Problem, check, checkpoint_gb
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.failures import Goodput, goodput, limit_s, storage_gb
@@ -82,8 +83,12 @@ class Estimate:
         return asdict(self)
 
 
-def plan(experiment: Experiment, stages: Sequence[str] | None = None, force: bool = False) -> list[Estimate]:
+def plan(
+    experiment: Experiment, stages: Sequence[str] | None = None, force: bool = False, root: Path | None = None
+) -> list[Estimate]:
     """Check ``stages``, or all, and estimate those that train. ``force`` lets through what does not fit.
+
+    With ``root``, the runs folder, they are also held against what earlier stages left there.
 
     Raises:
         ConfigError: there is no such stage.
@@ -96,7 +101,7 @@ def plan(experiment: Experiment, stages: Sequence[str] | None = None, force: boo
     problems: list[Problem] = []
     estimates = []
     for name in names:
-        found = check(experiment, name)
+        found = [*check(experiment, name), *contracts.check(experiment, name, root)]
         problems += [p for p in found if p not in problems]
         if found or not find("jobs", experiment.stages[name].kind).PER_GPU:
             continue

@@ -338,7 +338,7 @@ def _send_samples(client: "MlflowClient", run: Run) -> None:
 
 def _table(files: Sequence[Path]) -> dict[str, list[Any]]:
     """The lines of ``files`` as MLflow's tables are: `columns` and `data`; nested values, such as rules, as text."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for file in reversed(files):  # the newest are what fits
         step = int(file.stem.removeprefix("step-"))
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
