@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help install demo test test-fast test-slurm test-parity lint format bench browser slurm clean
+.PHONY: help install demo test test-local test-fast test-slurm test-parity lint format bench browser slurm clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,7 +25,9 @@ $(VENV)/installed: pyproject.toml constraints.txt constraints-colossalai.txt
 demo: install  ## Prepare a real corpus, train on two local ranks, beat a bigram model
 	$(BIN)/orch submit configs/demo.yaml
 
-test: install browser  ## Every test but those of the next targets
+test: test-slurm test-local  ## Every test but those of test-parity
+
+test-local: install browser  ## Those that need no Slurm
 	$(BIN)/python -m pytest -m "not slurm and not parity"
 
 test-fast: install  ## What takes under three minutes
@@ -34,7 +36,7 @@ test-fast: install  ## What takes under three minutes
 test-parity: install  ## Engines and layouts against plain PyTorch, on 2, 4 and 8 ranks
 	$(BIN)/python -m pytest -m parity
 
-test-slurm: install slurm  ## The tests on a real Slurm, which launch/slurmbox starts on this machine
+test-slurm: install slurm  ## Those on a real Slurm, which launch/slurmbox starts on this machine
 	$(BIN)/python -m pytest -m slurm
 
 lint: install  ## ruff, mypy, import-linter, codespell
