@@ -5,7 +5,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = (("train_step.py", "--sizes", "demo,small"), ("data.py", "--repeats", "3"), ("control.py",))
+BENCHMARKS = (
+    ("train_step.py", "--sizes", "demo,small"),
+    ("rollout.py", "--turns", "5"),
+    ("data.py", "--repeats", "3"),
+    ("control.py",),
+)
 
 
 def main() -> None:

@@ -5,19 +5,13 @@ Every tensor whole, in fp32, by the model's own name: weights in `model-*.safete
 any engine and layout goes on from it. No torch; one file's tensors are held in memory at a time.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError
-from orchestrator.run import Run, read_json, write_atomic, write_json
-
-FILE_BYTES = 5_000_000_000  # no file is larger, unless a tensor is
-ALONE = {"tensor": 1, "pipeline": 1, "interleave": 1, "sequence": False, "zero": 0, "offload": "none"}
-Part = tuple[str, str, tuple[int, ...]]  # slot, name, shape
+from orchestrator.run import Run, read_json
 
 
 def checkpoint_of(run: Run, step: int | None) -> Path:
@@ -32,7 +26,7 @@ def checkpoint_of(run: Run, step: int | None) -> Path:
     return checkpoint.folder_of(run.checkpoints, steps[0] if step is None else step)
 
 
-def consolidate(folder: Path, to: Path, *, file_bytes: int = FILE_BYTES) -> list[Path]:
+def consolidate(folder: Path, to: Path, *, file_bytes: int = 5_000_000_000) -> list[Path]:
     """Write the checkpoint in ``folder`` anew into the folder ``to``, which must not exist; return the files.
 
     Raises:
@@ -40,7 +34,8 @@ def consolidate(folder: Path, to: Path, *, file_bytes: int = FILE_BYTES) -> list
     """
     from jobs.runtime.checkpoint import MANIFEST, STATE, damage
     from jobs.runtime.job import Ranks
-    from jobs.runtime.pieces import FORMAT, INDEX, Store
+    from jobs.runtime.pieces import INDEX, Store
+    from jobs.runtime.whole import ALONE, commit, grouped
 
     if problem := damage(folder, Ranks()):
         raise CheckpointError(f"checkpoint `{folder}` is damaged: {problem}", hint="choose another with `--step`")
@@ -52,37 +47,16 @@ def consolidate(folder: Path, to: Path, *, file_bytes: int = FILE_BYTES) -> list
         weights = [("weight", name, tuple(e["shape"])) for name, e in entries.items()]
         state = [(slot, name, shape) for slot in ("exp_avg", "exp_avg_sq") for _, name, shape in weights]
         state += [("step", name, (1,)) for name in entries]
-        files = _grouped("model", weights, file_bytes) | _grouped("optimizer", state, file_bytes)
+        files = grouped("model", weights, file_bytes) | grouped("optimizer", state, file_bytes)
         for name, parts in files.items():
             _write(store, to / name, parts)
-    tensors: dict[str, Any] = {n: {"shape": e["shape"], "cut": None, "pieces": {}} for n, e in entries.items()}
-    for i, parts in enumerate(files.values()):
-        for slot, name, shape in parts:
-            tensors[name]["pieces"][slot] = [[i, 0, 0, math.prod(shape)]]
-    write_atomic(to / INDEX, json.dumps({"format": FORMAT, "files": list(files), "tensors": tensors}))
     said = read_json(folder / STATE)
-    layout = {"engine": "consolidated", "precision": said["layout"]["precision"], "world": 1, **ALONE}
-    write_json(to / STATE, {**said, "layout": layout})
-    names = sorted([*files, INDEX, STATE])
-    write_json(to / MANIFEST, {"files": {name: [(to / name).stat().st_size, _sha256(to / name)] for name in names}})
-    return [to / name for name in [*names, MANIFEST]]
+    layout = {"engine": "consolidated", "precision": said["layout"]["precision"], **ALONE}
+    commit(to, files, {**said, "layout": layout})
+    return [to / name for name in sorted([*files, INDEX, STATE])] + [to / MANIFEST]
 
 
-def _grouped(kind: str, parts: Sequence[Part], file_bytes: int) -> dict[str, list[Part]]:
-    """``parts`` in order, over files of at most ``file_bytes``, by the files' names."""
-    groups: list[list[Part]] = [[]]
-    size = 0
-    for part in parts:
-        needs = 4 * math.prod(part[2])
-        if groups[-1] and size + needs > file_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(part)
-        size += needs
-    return {f"{kind}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _write(store: Any, path: Path, parts: Sequence[Part]) -> None:
+def _write(store: Any, path: Path, parts: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
     """Assemble ``parts`` and write them as one file."""
     import numpy as np
     from safetensors.numpy import save_file
@@ -95,8 +69,3 @@ def _write(store: Any, path: Path, parts: Sequence[Part]) -> None:
         store.read(Extent(name, slot, shape, None, 0, flat.size), flat)
         arrays[name if slot == "weight" else f"{slot}/{name}"] = flat.reshape(shape)
     save_file(arrays, path, metadata={"format": "pt"})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from orchestrator.errors import DataError
 from orchestrator.spec import DataSpec, ExamplesSpec, Experiment
 
 PREPARE = "prepare"  # the kind that reads text and writes the shards that every other kind reads
+IMPORT = "import_hf"  # the kind that reads a folder of transformers
 BUILTIN = "builtin:"  # text that comes with Python
 
 
@@ -35,7 +36,13 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     }
     tokenizer = here(data.tokenizer) if data.tokenizer else None
     data = dataclasses.replace(data, folder=here(data.folder), tokenizer=tokenizer, sources=sources, examples=examples)
-    return dataclasses.replace(experiment, data=data)
+    stages = {
+        name: dataclasses.replace(stage, options=stage.options | {"folder": here(stage.options["folder"])})
+        if stage.kind == IMPORT
+        else stage
+        for name, stage in experiment.stages.items()
+    }
+    return dataclasses.replace(experiment, data=data, stages=stages)
 
 
 def check(experiment: Experiment, stage: str, before: Iterable[str]) -> None:
@@ -43,6 +50,10 @@ def check(experiment: Experiment, stage: str, before: Iterable[str]) -> None:
     kinds = {name: spec.kind for name, spec in experiment.stages.items()}
     if kinds[stage] == PREPARE:
         _check_text(experiment.data)
+    elif kinds[stage] == IMPORT:
+        from jobs.runtime.hf import check_config
+
+        check_config(Path(experiment.stages[stage].options["folder"]), experiment.model)
     elif PREPARE not in [kinds[name] for name in before]:
         _check_shards(experiment.data, stage, [name for name, kind in kinds.items() if kind == PREPARE])
     entry = experiment.data.examples.get(experiment.stages[stage].options.get("examples", ""))

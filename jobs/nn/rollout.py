@@ -8,7 +8,7 @@ Shape suffixes: B samples, P prompt tokens (padded), T response tokens, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +50,21 @@ class Rollout:
 
 @torch.no_grad()
 def generate(
-    model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, *, end: int, seed: int, first: int = 0
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    end: int,
+    seed: int,
+    first: int = 0,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Rollout:
     """One response to each of ``prompts``, up to and with the token ``end``, or to ``max_tokens``.
 
     Args:
         model: the whole model; its dropout is off meanwhile.
         first: number of the first sample; the i-th has ``first + i``.
+        watch: called with each next token of all samples (B,), the end token where one is over.
 
     Raises:
         DataError: prompt and response are longer than the model's context.
@@ -88,6 +96,8 @@ def generate(
             out.logp_BT[rows[going], t], out.entropy_BT[rows[going], t] = logp[going], spread[going]
             out.mask_BT[rows[going], t] = 1.0
             done[rows] |= chosen == end
+            if watch:
+                watch(out.tokens_BT[:, t])
             if done.all():
                 break
             now = out.tokens_BT[rows, t : t + 1]

@@ -2,7 +2,7 @@
 
 A folder counts as a checkpoint once its manifest lists every file with size and SHA-256, as OLMo-core
 commits with a metadata file. Whatever a kill leaves behind has no manifest, and is passed over. Every
-function here but ``committed`` and ``damage`` is collective.
+function here but ``committed``, ``commit`` and ``damage`` is collective.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,59 +44,49 @@ def save(
     root: Path,
     step: int,
     state: dict[str, Any],
-    write: Callable[[Path], None],
+    write: Callable[[Path], Sequence[str]],
     *,
     ranks: Ranks,
     expected_bytes: int,
     may_commit: Callable[[], bool],
 ) -> bool:
-    """Write and commit one checkpoint; on any rank's failure leave nothing behind and return False.
+    """Write and commit one checkpoint; where any rank cannot, leave nothing behind and return False.
+
+    A bug is not taken for a full disk: where a rank raises one, all ranks raise.
 
     Args:
-        write: writes this rank's files into the folder it is given; collective.
+        write: writes this rank's files into the folder it is given, and returns their names; collective.
         expected_bytes: size of the whole checkpoint, compared with the free space before a byte is written.
         may_commit: asked on rank 0, before anything is touched and right before the commit; False where this
             attempt has been replaced.
     """
-    from safetensors import SafetensorError
-
-    folder = folder_of(root, step)
-    problem = _prepare(folder, expected_bytes, may_commit) if ranks.rank == 0 else ""
+    folder, first = folder_of(root, step), ranks.rank == 0
+    problem = dist.together(lambda: _prepare(folder, expected_bytes, may_commit) if first else "")
     if problem := str(dist.broadcast(problem)):
         log.warning("checkpoint of step %d not saved: %s", step, problem)
         return False
 
-    failure, files = "", {}
-    try:
-        write(folder)
-    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk is any of them
-        failure = f"rank {ranks.rank}: {e}"
-    failures = [f for f in dist.gather(failure) if f]
-    if not failures:
-        names = {name for seen in dist.gather(_names(folder)) for name in seen}  # NFS may show a rank less than all
-        try:
-            files = _hash(folder, sorted(names)[ranks.rank :: ranks.world])
-        except OSError as e:
-            failure = f"rank {ranks.rank}: {e}"
-        gathered = dist.gather((failure, files))
-        failures = [f for f, _ in gathered if f]
-        files = {name: entry for _, share in gathered for name, entry in share.items()}
+    def finish() -> str:
+        if not may_commit():
+            return REPLACED
+        _commit(folder, state, {name: entry for files in written for name, entry in files.items()})
+        return ""
 
-    if ranks.rank == 0 and not failures:
-        try:
-            if may_commit():
-                _commit(folder, state, files)
-            else:
-                failures = [REPLACED]
-        except OSError as e:
-            failures = [f"rank 0: {e}"]
-    failures = dist.broadcast(failures)  # type: ignore[assignment]
-    if failures:
-        log.warning("checkpoint of step %d not saved: %s", step, "; ".join(failures))
-        if ranks.rank == 0 and failures != [REPLACED]:  # else the folder may be the newer attempt's by now
+    try:
+        written = dist.gather(dist.together(lambda: _hash(folder, write(folder))))
+        problem = str(dist.broadcast(dist.together(lambda: finish() if first else "")))
+    except dist.RanksFailed as e:
+        problem = str(e)
+        if first:  # where it was replaced, the folder may be the newer attempt's by now
             shutil.rmtree(folder, ignore_errors=True)
-        return False
-    return True
+    if problem:
+        log.warning("checkpoint of step %d not saved: %s", step, problem)
+    return not problem
+
+
+def commit(folder: Path, state: dict[str, Any]) -> None:
+    """Commit what this process alone has written into ``folder``."""
+    _commit(folder, state, _hash(folder, _names(folder)))
 
 
 def retire(root: Path, keep: int, *, saved: int, ranks: Ranks) -> None:
@@ -181,7 +171,7 @@ def _names(folder: Path) -> list[str]:
     return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
 
 
-def _hash(folder: Path, names: list[str]) -> dict[str, list]:
+def _hash(folder: Path, names: Sequence[str]) -> dict[str, list]:
     """Size and SHA-256 of the files ``names``, each seen on disk first."""
     found = {}
     for name in names:

@@ -1,0 +1,311 @@
+"""A model of transformers enters, is tuned, talks, and leaves again; at each border its logits are the same."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from jobs import import_hf
+from jobs.data import bpe
+from jobs.data.chat import Chat
+from jobs.data.functions import functions
+from jobs.runtime import hf
+from jobs.runtime.serve import Stream, load
+from orchestrator.errors import CheckpointError, ConfigError, DataError
+from orchestrator.export import export
+from orchestrator.run import Run
+from orchestrator.spec import ChatSpec, ModelSpec
+from orchestrator.use import language_model
+
+ORCH = Path(sys.executable).with_name("orch")
+END = "<|endoftext|>"
+SPEC = ModelSpec(layers=2, hidden=32, heads=4, vocab=400, seq_len=192)
+CONFIG = """
+defaults: [cluster/local]
+name: t
+cluster: {gpus_per_node: 1}
+model: {layers: 2, hidden: 32, heads: 4, vocab: 400, seq_len: 192}
+data:
+  folder: data
+  tokenizer: gpt2/tokenizer.json
+  chat: {user: "Q: {content}\\n", assistant: "A:{content}"}
+  examples:
+    demonstrations: {train: [train.jsonl], val: [val.jsonl]}
+    preferences: {train: [train.jsonl], val: [val.jsonl]}
+stages:
+  base: {kind: import_hf, options: {folder: gpt2}}
+  sft: &tune
+    {kind: sft, init_from: base, precision: fp32, global_batch: 2, steps: 3, optimizer: {lr: 1e-3}}
+  reward: {<<: *tune, kind: reward, init_from: sft}
+"""
+
+
+def orch(folder, *words, ok=0):
+    """Run `orch`; return what it printed, and what it said beside."""
+    how = {"cwd": folder, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 900}
+    done = subprocess.run([ORCH, *words], check=False, **how)
+    assert done.returncode == ok, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def gpt2(**changes):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 192, "initializer_range": 0.2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.1)  # biases and norms count too
+    return model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random GPT-2 and a tokenizer as transformers saves them, and examples."""
+    folder = tmp_path_factory.mktemp("use")
+    for split, count in (("train", 60), ("val", 20)):
+        short = [f for f in functions(split) if len(f["prompt"] + f["response"]) < 200][:count]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(f) + "\n" for f in short))
+    tokenizer = bpe.train((f["prompt"] for f in short), vocab=400, end_of_text=END)
+    gpt2().save_pretrained(folder / "gpt2")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder / "gpt2")
+    (folder / "base.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain(place):
+    """The same folder, with the runs `t/base` and `t/sft` done and `t/reward` written."""
+    orch(place, "submit", "base.yaml", "--stage", "base", "--stage", "sft")
+    orch(place, "submit", "base.yaml", "--stage", "reward", "--dry-run")
+    return place
+
+
+def run_of(place, stage):
+    return Run.load(place / "runs" / "t" / stage)
+
+
+def ours(place, stage):
+    run = run_of(place, stage)
+    return load(run, language_model(run, None))
+
+
+def tokens():
+    return torch.randint(400, (2, 192), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.slow
+def test_what_enters_computes_the_same_and_leaves_bit_for_bit(chain):
+    model, _ = ours(chain, "base")
+    with torch.no_grad():
+        expected = gpt2()(tokens()).logits
+        assert expected.std() > 0.5  # the comparison sees something
+        torch.testing.assert_close(model(tokens()), expected, rtol=2e-5, atol=2e-5)
+    assert "the same file" in (chain / "runs/t/base/logs/1-0.log").read_text()
+    orch(chain, "export", "t/base", "back")
+    before, after = (load_file(chain / folder / "model.safetensors") for folder in ("gpt2", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    hf.check_config(chain / "back", SPEC)
+    assert (chain / "back/tokenizer.json").read_bytes() == (chain / "gpt2/tokenizer.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_stage_starts_from_it_and_transformers_takes_the_result(chain):
+    base, (model, chat) = ours(chain, "base")[0], ours(chain, "sft")
+    moved = [(a - b).abs().max().item() for a, b in zip(base.parameters(), model.parameters(), strict=True)]
+    assert 0 < max(moved) < 0.01  # three steps of AdamW at 1e-3, from those weights
+    run = run_of(chain, "sft")
+    export(run, language_model(run, None), chain / "sft", file_bytes=20_000)
+    assert len([*(chain / "sft").glob("model-*-of-*.safetensors")]) > 1
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(chain / "sft").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chain / "sft")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens()).logits, model(tokens()), rtol=2e-5, atol=2e-5)
+    text = "def f(x, über):\n    return x  # 1 + 1 = 2\n"
+    assert tokenizer.encode(text) == chat.tokenizer.encode(text).ids
+    turns = [{"role": "user", "content": "Say it.\n"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    assert prompt == chat.prompt(turns)
+    wrote = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+    out, _ = orch(chain, "generate", "t/sft", "--prompt", "Say it.\n", "--max-tokens", "12", "--temperature", "0")
+    assert out == tokenizer.decode(wrote, skip_special_tokens=True) + "\n"
+
+    half = load_file(export(run, language_model(run, None), chain / "half", dtype="fp16")[2])
+    whole = model.state_dict()["blocks.1.attn.qkv.weight"]
+    assert torch.equal(half["transformer.h.1.attn.c_attn.weight"], whole.T.half())
+
+
+@pytest.mark.slow
+def test_generate(chain):
+    """Prompts of a file and of the command line; the same seed the same text; each sample its own."""
+    lines = [{"prompt": "def f():"}, {"messages": [{"role": "user", "content": "x"}]}]
+    (chain / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    words = ("generate", "t/sft", "--prompt", "a", "--file", "asked.jsonl", "--samples", "2", "--max-tokens", "9")
+    out, _ = orch(chain, *words, "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(f["prompt"], f["sample"]) for f in found] == [
+        (p, k) for p in ("a", "def f():", lines[1]["messages"]) for k in (0, 1)
+    ]
+    assert len({f["text"] for f in found}) == 6 and all(f["tokens"] <= 9 for f in found)
+    again, _ = orch(chain, *words)
+    assert found[3]["text"] in again and "== prompt 2, sample 2\n" in again
+    raw, said = orch(
+        chain, "generate", "t/base", "--prompt", "def f", "--max-tokens", "3", "--seed", "5", "--top-k", "3"
+    )
+    assert raw and "raw text" in said
+
+
+@pytest.mark.slow
+def test_what_generate_refuses(chain):
+    _, said = orch(chain, "generate", "t/sft", "--prompt", "a b " * 200, ok=1)
+    assert re.search(r"a prompt of \d{3} tokens does not fit the model's context of 192", said)
+    _, said = orch(chain, "generate", "t/sft", "--prompt", "a", "--max-tokens", "192", ok=1)
+    assert re.search(r"a prompt of \d tokens and a response of up to 192 does not fit .* 192\nhint: ask for", said)
+    _, said = orch(chain, "generate", "t/reward", "--prompt", "a", ok=1)
+    assert "is a reward model" in said and "`t/sft`" in said
+    _, said = orch(chain, "generate", "t/sft", "--step", "7", "--prompt", "a", ok=1)
+    assert "does not have the checkpoint of step 7" in said
+    (chain / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    _, said = orch(chain, "generate", "t/sft", "--file", "bad.jsonl", ok=1)
+    assert "`bad.jsonl`, line 2" in said
+
+
+@pytest.mark.slow
+def test_chat_keeps_the_conversation(chain):
+    """The second answer is the one to all three turns; on a terminal it comes in parts, and is the same."""
+    how = ("--temperature", "0", "--max-tokens", "10")
+    (chain / "said.txt").write_text("Hello\nAnd then?\n")
+    out, _ = orch(chain, "chat", "t/sft", "--file", "said.txt", "--json", *how)
+    first, second = map(json.loads, out.splitlines())
+    turns = [{"role": role, "content": first[role]} for role in ("user", "assistant")]
+    turns.append({"role": "user", "content": "And then?"})
+    (chain / "turns.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    out, _ = orch(chain, "generate", "t/sft", "--file", "turns.jsonl", *how)
+    assert out == second["assistant"] + "\n"
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [ORCH, "chat", "t/sft", *how], cwd=chain, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        os.write(ours, b"Hello\nAnd then?\n/new\nAnd then?\n\x04")
+        out, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+        os.close(ours)
+        os.close(theirs)
+    shown = out.decode()
+    assert process.returncode == 0
+    assert shown.index(first["assistant"]) < shown.index(second["assistant"])
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(chain, caplog):
+    run = run_of(chain, "sft")
+    whole = language_model(run, None)
+    broken = shutil.copytree(whole, run.checkpoints / "step-0000009")
+    try:
+        file = next(broken.glob("pieces-*"))
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        assert language_model(run, None) == whole
+    finally:
+        shutil.rmtree(broken)
+    assert "step-0000009` is damaged" in caplog.text
+
+
+def test_text_is_shown_as_soon_as_it_is_whole(place):
+    said = []
+    tokenizer = bpe.load(place / "gpt2" / "tokenizer.json")
+    chat = Chat(tokenizer, ChatSpec(), end=tokenizer.token_to_id(END), tokenizer_sha256="")
+
+    def say(delta):
+        said.append(delta)
+
+    stream = Stream(chat, say)
+    text = "a für €"
+    for i in tokenizer.encode(text).ids:
+        stream(torch.tensor([i]))
+    assert "".join(said) == text and len(said) > 3 and not any("\ufffd" in s for s in said)
+
+
+def test_models_that_gpt2_cannot_be_are_refused_by_their_settings():
+    other = replace(SPEC, position="rope", activation="swiglu", norm="rmsnorm", bias=False, kv_heads=2)
+    with pytest.raises(ConfigError) as refused:
+        hf.refuse_other_models(other)
+    for setting in (
+        "position` is rope",
+        "activation` is swiglu",
+        "norm` is rmsnorm",
+        "bias` is False",
+        "kv_heads` is 2",
+    ):
+        assert f"`model.{setting}" in str(refused.value)
+    for change in ({"attention": "alternating"}, {"norm_position": "post"}, {"parallel_block": True}):
+        with pytest.raises(ConfigError):
+            hf.refuse_other_models(replace(SPEC, **change))
+
+
+def test_another_model_is_refused_with_all_that_differs(place):
+    hf.check_config(place / "gpt2", SPEC)
+    with pytest.raises(ConfigError) as refused:
+        hf.check_config(place / "gpt2", replace(SPEC, layers=3, seq_len=64, activation="relu", ffn_hidden=100))
+    for words in ("n_layer` is 2 there, and `model.layers` is 3", "n_positions` is 192 there", "is gelu_tanh there",
+                  "n_inner` is 128 there, and `model.ffn_hidden` is 100"):  # fmt: skip
+        assert words in str(refused.value)
+    _, said = orch(place, "submit", "base.yaml", "name=u", "model.layers=3", "--dry-run", ok=1)
+    assert "n_layer" in said and not (place / "runs" / "u").exists()
+
+
+def test_another_tokenizer_is_refused_and_the_same_in_other_words_is_not(place, tmp_path):
+    theirs = place / "gpt2" / "tokenizer.json"
+    (tmp_path / "t.json").write_text(json.dumps(json.loads(theirs.read_text())))
+    assert hf.same_tokenizer(theirs, theirs) == "file"
+    assert hf.same_tokenizer(theirs, tmp_path / "t.json") == "vocabulary and merges"
+    bpe.train(["other words"], vocab=300, end_of_text=END).save(str(tmp_path / "t.json"))
+    with pytest.raises(DataError, match=r"400 tokens there, \d+ here"):
+        hf.same_tokenizer(theirs, tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("how", ["sharded", "bf16", "untied", "without prefix"])
+def test_weights_as_transformers_may_have_saved_them(tmp_path, how):
+    spec, model = SPEC, gpt2(tie_word_embeddings=how != "untied")
+    if how == "untied":
+        spec = replace(SPEC, tie_embeddings=False)
+    if how == "bf16":
+        model = model.bfloat16()
+    saved = model.transformer if how == "without prefix" else model
+    saved.save_pretrained(tmp_path, max_shard_size="20KB" if how == "sharded" else "5GB")
+    assert (tmp_path / hf.INDEX).exists() == (how == "sharded")
+    state = model.state_dict()
+    with import_hf.Weights(tmp_path, spec) as weights:
+        for p in hf.parameters(spec):
+            theirs = state[p.theirs].float()
+            assert torch.equal(torch.from_numpy(weights.read(p.name)), theirs.T if p.transposed else theirs)
+
+
+def test_weights_that_are_not_to_be_trusted_or_not_there(tmp_path):
+    model = gpt2()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(CheckpointError, match="only a pickle") as refused:
+        import_hf.files_of(tmp_path)
+    assert "save_pretrained" in refused.value.hint
+    (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(CheckpointError, match="no file of this folder"):
+        import_hf.files_of(tmp_path)
+    model.save_pretrained(tmp_path / "less")
+    with pytest.raises(CheckpointError, match=r"lacks `transformer.h.2.*12 in all"):
+        import_hf.Weights(tmp_path / "less", replace(SPEC, layers=3))
+    with import_hf.Weights(tmp_path / "less", replace(SPEC, seq_len=64)) as weights:
+        with pytest.raises(CheckpointError, match=r"shape \(192, 32\)"):
+            weights.read("positions.weight")
