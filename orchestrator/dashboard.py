@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 VIEW = "orch"  # key of the shared view
-CHARTS = ("train/loss", "val/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/mfu")
+CHARTS = (  # those without points are not shown
+    *("train/loss", "val/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/mfu"),
+    *("val/accuracy", "val/calibration_error"),  # of a reward model
+    *("train/reward", "val/reward", "train/kl", "train/entropy", "train/length", "val/kl"),  # of a policy
+)
 START_S = 90.0  # measured: 10 s on two idle cores; more on busy ones
 # The defaults of `mlflow server` are 10 processes and 2.1 GB; so it is 2 and 0.48 GB (measured, 3.17.2).
 SMALL = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

@@ -77,6 +77,24 @@ def test_the_loss_curve_is_drawn_with_its_baselines(tmp_path):
     assert dashboard.draw_loss(run).read_bytes() != plain
 
 
+def test_how_sure_a_reward_model_is_becomes_a_picture(tmp_path):
+    run = make_chain(tmp_path)[0]
+    assert dashboard.draw_calibration(run) is None
+    curve = [{"claimed": 0.55, "right": 0.5, "pairs": 40}, {"claimed": 0.9, "right": 0.85, "pairs": 80}]
+    facts = run.folder / "reward.json"
+    facts.write_text(json.dumps({"accuracy": 0.73, "calibration": curve}))
+    end(run, start(run), "done")
+    track.sync(run)
+    with connect(track.tracking_uri(tmp_path, None)) as client:
+        sent = {f.path: f.file_size for f in client.list_artifacts(Sent.load(run).run_id)}
+    first = (run.folder / "calibration.png").read_bytes()
+    assert first.startswith(b"\x89PNG") and sent["calibration.png"] == len(first) > 10_000
+    dashboard.draw_calibration(run)
+    assert (run.folder / "calibration.png").read_bytes() == first
+    facts.write_text(json.dumps({"accuracy": 0.9, "calibration": curve[1:]}))
+    assert dashboard.draw_calibration(run).read_bytes() != first
+
+
 def test_a_server_elsewhere_needs_none_here(tmp_path):
     with dashboard.serve(tmp_path, "https://me:pa55@mlflow.example.org/x") as base:
         assert base == "https://mlflow.example.org/x"
