@@ -22,6 +22,7 @@ from orchestrator.failures import Goodput, goodput, limit_s, storage_gb
 from orchestrator.hardware import chip
 from orchestrator.memory import fullest
 from orchestrator.registry import did_you_mean, find
+from orchestrator.scaling import epochs
 from orchestrator.schedule import batch_at
 from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, ParallelPlan, StageSpec
 from orchestrator.timing import Software
@@ -77,6 +78,7 @@ class Estimate:
     storage_tb: float  # for the checkpoints that are kept, and the one being written
     energy_mwh: float  # 0: `cluster.gpu_watts` is not set
     phases: dict[str, dict[str, float]]  # GB by use of each phase, of kinds with several models
+    epochs: dict[str, float]  # by source: how often the stage reads what is on disk
 
     def to_json(self) -> dict[str, Any]:
         """One object of `orch plan --json`."""
@@ -176,6 +178,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         storage_tb=storage_gb(size_gb, stage.keep) / 1000,
         energy_mwh=gpu_hours * cluster.gpu_watts / 1e6,
         phases=phases_gb(model, stage, cluster),
+        epochs=epochs(experiment, name),
     )
 
 

@@ -13,6 +13,7 @@ from orchestrator.errors import ConfigError, PlanError
 from orchestrator.plan import Estimate, estimate
 from orchestrator.plan import plan as estimates_of
 from orchestrator.registry import find
+from orchestrator.scaling import WORTH_REPEATING
 from orchestrator.search import Goal
 from orchestrator.search import search as layouts_of
 from orchestrator.spec import Experiment
@@ -50,8 +51,14 @@ def plan(
 
 
 def _advise(experiment: Experiment, estimates: Sequence[Estimate], config: str, overrides: Sequence[str]) -> None:
-    """Say of each stage which layout of the same GPUs would be faster by more than the band."""
+    """Say of each stage what it reads too often, and which layout of the same GPUs would be faster than the band."""
     for e in estimates:
+        often = {source: times for source, times in e.epochs.items() if times > WORTH_REPEATING}
+        for source, times in often.items():
+            say(
+                f"warning: `{e.stage}` reads source `{source}` {times:.1f} times, and beyond {WORTH_REPEATING} epochs "
+                "tokens teach little (arXiv:2305.16264): fewer `steps`, or more data"
+            )
         if experiment.cluster.gpu == "cpu":
             continue
         try:

@@ -44,7 +44,9 @@ def _end_to_end(e: Mapping[str, Any]) -> list[str]:
     took = duration(e["days_end_to_end"] * 86400)
     size, room = _amount(e["checkpoint_gb"]), _amount(e["storage_tb"] * 1000)
     often = f"best every {e['save_every_optimal_steps']:,} steps"
+    read = ", ".join(f"{source} {_amount(times)}" for source, times in e["epochs"].items())
     return [
+        *([f"epochs of the data on disk: {read}"] if read else []),
         f"end to end {took}{jobs}{energy}: {e['interruptions']:.2g} interruptions, {e['goodput']:.1%} trains",
         f"a checkpoint: {size} GB in {duration(e['save_s'])}, {often}; {room} GB in all",
     ]

@@ -1,4 +1,4 @@
-"""Pictures of a plan: memory per pipeline rank, the pipeline's timeline, time and money over nodes.
+"""Pictures of a plan: memory per pipeline rank, the pipeline's timeline, time, money and loss over nodes.
 
 As a PNG, or in an HTML page that needs no other file. matplotlib is imported only by what draws.
 """
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.memory import rank_bytes
 from orchestrator.plan import Estimate, estimate
 from orchestrator.run import write_atomic
+from orchestrator.scaling import loss
+from orchestrator.schedule import total_tokens
 from orchestrator.search import search
 from orchestrator.show import duration
 from orchestrator.spec import Experiment
@@ -73,17 +75,22 @@ def _facts(e: Estimate) -> dict[str, str]:
 
 
 def draw(experiment: Experiment, e: Estimate) -> "Figure":
-    """The three pictures of one stage, in one figure."""
+    """The pictures of one stage, in one figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 13), dpi=100, layout="constrained")
-    memory, timeline, nodes = figure.subplots(3)
+    stage = experiment.stages[e.stage]
+    points = over_nodes(experiment, e.stage)
+    count = 4 if stage.kind == "pretrain" else 3
+    figure = Figure(figsize=(11, 4.3 * count), dpi=100, layout="constrained")
+    memory, timeline, nodes, *losses = figure.subplots(count)
     _draw_memory(memory, experiment, e)
     if e.phases:
         _draw_phases(timeline, e)
     else:
         _draw_timeline(timeline, experiment, e)
-    _draw_nodes(nodes, experiment, e)
+    _draw_nodes(nodes, experiment, e, points)
+    if losses:
+        _draw_losses(losses[0], total_tokens(stage, experiment.model.seq_len), points)
     return figure
 
 
@@ -167,6 +174,7 @@ def _draw_timeline(axes: Any, experiment: Experiment, e: Estimate) -> None:
     cut = f", the first {batches} of {e.micro_batches} micro-batches" if batches < e.micro_batches else ""
     chunks = experiment.stages[e.stage].parallel.interleave
     more = f"; with {chunks} chunks a rank the gaps are a {chunks}th" if chunks > 1 else ""
+    axes.set_yticks(range(ranks))
     axes.set(xlabel="seconds", ylabel="pipeline rank", title=f"One step, forward and backward{cut}{more}")
     axes.invert_yaxis()
 
@@ -183,9 +191,8 @@ def _draw_phases(axes: Any, e: Estimate) -> None:
     axes.invert_yaxis()
 
 
-def _draw_nodes(axes: Any, experiment: Experiment, e: Estimate) -> None:
+def _draw_nodes(axes: Any, experiment: Experiment, e: Estimate, points: Sequence[tuple[int, Estimate]]) -> None:
     """Days and GPU-hours of the best layout over numbers of nodes; and the plan's own."""
-    points = over_nodes(experiment, e.stage)
     nodes = [n for n, _ in points]
     axes.plot(nodes, [x.days for _, x in points], "o-", color=COLORS[0], label="days, best layout")
     axes.plot([experiment.stages[e.stage].parallel.nodes], [e.days], "s", color=COLORS[2], label="days, this plan")
@@ -199,6 +206,18 @@ def _draw_nodes(axes: Any, experiment: Experiment, e: Estimate) -> None:
     money.plot(nodes, [x.usd if priced else x.gpu_hours for _, x in points], "^:", color=COLORS[1])
     money.set_ylabel("USD (dotted)" if priced else "GPU-hours (dotted)")
     money.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+
+
+def _draw_losses(axes: Any, tokens: int, points: Sequence[tuple[int, Estimate]]) -> None:
+    """The loss that the scaling law promises, as time passes on each number of nodes, and what it costs there."""
+    shares = [50 ** (i / 40 - 1) for i in range(41)]  # of the run: from a fiftieth to all
+    for (nodes, e), color in zip(points, COLORS, strict=False):
+        cost = f"${e.usd:,.0f}" if e.usd else f"{e.gpu_hours:,.0f} GPU-hours"
+        losses = [loss(e.params, share * tokens) for share in shares]
+        axes.plot([share * e.days for share in shares], losses, color=color, label=f"{nodes:,} nodes: {cost}")
+    axes.set(xlabel="days", ylabel="nats per token", xscale="log")
+    axes.set_title("Predicted loss over time and cost, by Chinchilla's law: other text and tokenizers shift it")
     axes.legend(fontsize=8)
 
 

@@ -133,7 +133,7 @@ def test_a_swap_reaches_into_a_base(folder: Path) -> None:
     assert e.name == "mine"
     assert e.model.hidden == 768
     assert e.cluster.gpu == "H100-SXM5-80GB"
-    assert e.cluster.usd_per_gpu_hour == 0  # nothing is left of the a100's file
+    assert e.cluster.usd_per_gpu_hour == 3  # nothing is left of the a100's file
 
 
 def test_a_file_may_build_on_the_preset_of_its_own_name(folder: Path) -> None:

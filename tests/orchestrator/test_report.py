@@ -16,6 +16,7 @@ from orchestrator.errors import LaunchError
 from orchestrator.plan import estimate, plan
 from orchestrator.report import draw, over_nodes, page, schedule, write
 from orchestrator.run import Run
+from orchestrator.scaling import loss
 
 SMALL = ["stages.pretrain.parallel.nodes=1", "stages.pretrain.steps=40000"]
 
@@ -71,6 +72,19 @@ def test_phases_stand_beside_each_other() -> None:
     spans = {p.get_x(): p.get_width() for p in iteration.patches}
     assert sum(spans.values()) == pytest.approx(planned.step_s)
     assert list(spans)[1] == pytest.approx(planned.step_parts_s["rollout_s"])
+
+
+def test_losses_fall_to_what_the_law_says() -> None:
+    e = compose("gpt3-13b").experiment
+    (planned,) = plan(e)
+    lines = draw(e, planned).axes[3].lines
+    points = over_nodes(e, "pretrain")
+    assert len(lines) == len(points)
+    for line, (nodes, best) in zip(lines, points, strict=True):
+        assert line.get_label() == f"{nodes:,} nodes: ${best.usd:,.0f}"
+        assert line.get_xdata()[-1] == pytest.approx(best.days)
+        assert line.get_ydata()[-1] == pytest.approx(loss(e.model.params, 300e9), rel=1e-3)
+        assert list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True)
 
 
 def test_more_nodes_take_less_time() -> None:
