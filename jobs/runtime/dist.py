@@ -7,9 +7,9 @@ Several machines set ``MASTER_ADDR`` and ``MASTER_PORT``. Every function here is
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import peers, place
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from jobs.nn.parallel import TensorGroup
     from orchestrator.spec import ParallelPlan
+
+T = TypeVar("T")
 
 
 def start(ranks: Ranks, rendezvous: Path | None = None) -> torch.device:
@@ -136,6 +138,59 @@ def gather(value: object) -> list:
     box: list = [None] * td.get_world_size()
     td.all_gather_object(box, value)
     return box
+
+
+def to_first(value: object) -> list | None:
+    """Every rank's ``value``, by rank, on rank 0; None on the others."""
+    import torch.distributed as td
+
+    box: list | None = [None] * td.get_world_size() if td.get_rank() == 0 else None
+    td.gather_object(value, box)
+    return box
+
+
+def from_first(values: list | None) -> Any:
+    """This rank's of the ``values``, one for each rank, that rank 0 has."""
+    import torch.distributed as td
+
+    box: list = [None]
+    td.scatter_object_list(box, values)
+    return box[0]
+
+
+class RanksFailed(Exception):
+    """A disk was full, memory ran out: what was tried together failed, and every rank knows."""
+
+
+class PeerBug(Exception):
+    """Another rank raised what no disk and no memory is to blame for."""
+
+
+def together(do: Callable[[], T]) -> T:
+    """``do()``, unless it raises on any rank: then every rank raises, and none waits for one that has left.
+
+    Raises:
+        RanksFailed: on every rank, where it was the machine's fault.
+        PeerBug: where it was a bug on another rank; that rank raises what it was.
+    """
+    import torch.distributed as td
+    from safetensors import SafetensorError
+
+    value, error = None, None
+    try:
+        value = do()
+    except Exception as e:  # noqa: BLE001 - the others must hear of it
+        error = e
+    bug = not isinstance(error, OSError | MemoryError | RuntimeError | SafetensorError | RanksFailed)
+    again = isinstance(error, RanksFailed | PeerBug)
+    words = str(error) if again else f"rank {td.get_rank()}: {type(error).__name__}: {error}"
+    said = [s for s in gather((bug, words) if error else None) if s]
+    if error and bug:
+        raise error
+    if said:
+        kind = PeerBug if any(bug for bug, _ in said) else RanksFailed
+        raise kind("; ".join(dict.fromkeys(words for _, words in said))) from error
+    return value  # type: ignore[return-value]
 
 
 def barrier() -> None:

@@ -13,6 +13,7 @@ No torch in here but through the tensors handed in, so a login node can read che
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -20,10 +21,11 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from jobs.nn.cut import Cut
 from jobs.runtime import dist
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from jobs.engines import Engine
     from jobs.runtime.job import Ranks
 
 INDEX = "pieces.json"
@@ -42,6 +43,7 @@ FORMAT = 1
 FILE = re.compile(r"[a-z]+-\d+-of-\d+\.safetensors")  # of an index that may be a stranger's: no other folder's
 GRAIN = 2**18  # elements below which replicas do not share the writing of a tensor
 Slot = Literal["weight", "exp_avg", "exp_avg_sq", "step"]  # of AdamW (arXiv:1711.05101); step is a tensor of one
+SLOTS = get_args(Slot)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,18 @@ class Piece:
     data: torch.Tensor  # fp32, one dim, contiguous; ``load`` writes into it
     start: int = 0
     cut: Cut | None = None  # None: the local tensor is the whole
+
+
+class Part(Protocol):
+    """What a checkpoint holds one set of pieces of: an engine, a frozen model, an average."""
+
+    def pieces(self) -> list[Piece]:
+        """All that this rank holds."""
+        ...
+
+    def filled(self) -> None:
+        """Bring in line what is made of the pieces: they have just been replaced."""
+        ...
 
 
 class Extent(NamedTuple):
@@ -88,30 +102,71 @@ class Box(NamedTuple):
     stride: int  # elements from one row to the next there
 
 
-def save(folder: Path, engine: Engine, ranks: Ranks) -> None:
-    """Write this rank's share of what ``engine`` holds into ``folder``. Collective."""
+def save(folder: Path, part: Part, ranks: Ranks) -> list[str]:
+    """Write this rank's share of what ``part`` holds into ``folder``; return the files' names. Collective."""
     from safetensors.numpy import save_file
 
-    pieces = engine.pieces()
-    everyone: list[list[Extent]] = dist.gather([_extent(p) for p in pieces])
-    shares = share_out(everyone)
+    pieces = dist.together(part.pieces)
+    mine = tuple(_extent(p) for p in pieces)
+    everyones = hashlib.sha256(b"".join(dist.gather(hashlib.sha256(repr(mine).encode()).digest())))
+    shares, index = _shared_out(mine, everyones.digest())
     held: dict[tuple[str, str, int], list[Piece]] = defaultdict(list)
     for p in pieces:
         held[p.name, p.slot, _peer(p.cut)].append(p)
     arrays = {}
-    for share in shares[ranks.rank]:
+    for share in shares:
         candidates = held[share.name, share.slot, share.peer]
         piece = next(p for p in candidates if p.start <= share.start and share.stop <= p.start + p.data.numel())
         array = _array(piece.data[share.start - piece.start : share.stop - piece.start])
         whole = piece.cut is None and share.stop - share.start == math.prod(piece.shape)
         arrays[_key(share, whole=whole)] = array.reshape(piece.shape) if whole else array
-    save_file(arrays, folder / _file(ranks.rank, len(shares)))
+    files = [_file(ranks.rank, ranks.world)]
+    save_file(arrays, folder / files[0])
     if ranks.rank == 0:
-        write_atomic(folder / INDEX, json.dumps(_index_of(everyone, shares)))
+        write_atomic(folder / INDEX, index)
+        files.append(INDEX)
+    return files
 
 
-def load(folder: Path, engine: Engine, *, weights_only: bool = False) -> None:
-    """Fill all that ``engine`` holds from ``folder``; with ``weights_only``, its optimizer starts anew. Collective.
+@lru_cache(maxsize=4)  # as many models as a run trains and averages
+def _shared_out(mine: tuple[Extent, ...], everyones: bytes) -> tuple[list[Share], str]:
+    """What this rank, which holds ``mine``, writes; on rank 0, the index too. Collective.
+
+    Ranks hold the same at every save of a run: so rank 0 works it out at the first. ``everyones`` is a digest of what
+    all ranks hold, so that all find it here or none does.
+    """
+    gathered = dist.to_first(_packed(mine))
+
+    def work_out() -> tuple[list[Any], str]:
+        if gathered is None:
+            return [], ""
+        everyone = [_unpacked(*packed) for packed in gathered]
+        shares = share_out(everyone)
+        return shares, json.dumps(_index_of(everyone, shares))
+
+    shares, index = dist.together(work_out)
+    return dist.from_first(shares or None), index
+
+
+def _packed(extents: Sequence[Extent]) -> tuple[list[tuple[Any, ...]], np.ndarray]:
+    """``extents`` in a few bytes each: tensors, and rows of which tensor, which slot, start, stop."""
+    import numpy as np
+
+    tensors = {key: i for i, key in enumerate(dict.fromkeys((e.name, e.shape, e.cut) for e in extents))}
+    rows = [(tensors[e.name, e.shape, e.cut], SLOTS.index(e.slot), e.start, e.stop) for e in extents]
+    return list(tensors), np.array(rows, np.int64).reshape(-1, 4)
+
+
+def _unpacked(tensors: Sequence[tuple[Any, ...]], rows: np.ndarray) -> list[Extent]:
+    found = []
+    for i, slot, start, stop in rows.tolist():
+        name, shape, cut = tensors[i]
+        found.append(Extent(name, SLOTS[slot], shape, cut, start, stop))
+    return found
+
+
+def load(folder: Path, part: Part, *, weights_only: bool = False) -> None:
+    """Fill all that ``part`` holds from ``folder``; with ``weights_only``, its optimizer starts anew. Collective.
 
     With ``weights_only``, what the checkpoint lacks of the parameters that ``module.new`` names stays as it is: a
     reward model begins with the weights of a language model, which has no head for scores.
@@ -120,15 +175,15 @@ def load(folder: Path, engine: Engine, *, weights_only: bool = False) -> None:
         CheckpointError: a tensor, or a part of one, is not in there, or has another shape.
     """
     with Store(folder) as store:
-        new: tuple[str, ...] = getattr(engine.module, "new", ()) if weights_only else ()
-        for piece in engine.pieces():
+        new: tuple[str, ...] = getattr(getattr(part, "module", None), "new", ()) if weights_only else ()
+        for piece in part.pieces():
             if weights_only and piece.slot != "weight":
                 piece.data.detach().zero_()
             elif piece.name.startswith(new) and piece.name not in store:
                 continue
             else:
                 store.fill(piece)
-    engine.filled()
+    part.filled()
 
 
 class Store:
@@ -137,17 +192,16 @@ class Store:
     def __init__(self, folder: Path) -> None:
         try:
             self.index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            _check_index(self.index)
         except FileNotFoundError:
             raise CheckpointError(
                 f"`{folder}` holds no `{INDEX}`", hint="only checkpoints that this version of orch wrote can be read"
             ) from None
-        if self.index["format"] != FORMAT:
-            raise CheckpointError(f"`{folder / INDEX}` is of format {self.index['format']}, this orch reads {FORMAT}")
-        if strange := [name for name in self.index["files"] if not FILE.fullmatch(name)]:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
+            words = str(e) if type(e) is ValueError else f"{type(e).__name__}: {e}"
             raise CheckpointError(
-                f"`{folder / INDEX}` names `{strange[0]}`, which is no file of a checkpoint",
-                hint="it was not written by orch; do not use it",
-            )
+                f"`{folder / INDEX}` cannot be used: {words}", hint="use the checkpoint before it"
+            ) from e
         self.folder, self.open, self.files = folder, ExitStack(), dict[str, Any]()
 
     def __enter__(self) -> Store:
@@ -212,7 +266,7 @@ class Store:
         low, high = max(share.start, wanted.start), min(share.stop, wanted.stop)
         if low >= high:
             return 0
-        values = self._elements(file, _key(share, whole=whole), low - share.start, high - share.start)
+        values = self._elements(file, share, whole, low - share.start, high - share.start)
         into[low - wanted.start : high - wanted.start] = values
         return high - low
 
@@ -232,28 +286,75 @@ class Store:
                 size = rows - row, cols - col
                 first = a.offset + (row - a.row) * a.stride + col - a.col
                 last = first + (size[0] - 1) * a.stride + size[1]
-                values = self._elements(file, _key(share, whole=whole), first, last)
+                values = self._elements(file, share, whole, first, last)
                 at = b.offset + (row - b.row) * b.stride + col - b.col
                 _grid(into[at:], size, b.stride)[...] = _grid(values, size, a.stride)
                 found += size[0] * size[1]
         return found
 
-    def _elements(self, file: int, key: str, first: int, last: int) -> np.ndarray:
-        """Elements ``first`` to ``last`` of a tensor, flattened; no more is read than the rows they lie in."""
+    def _elements(self, file: int, share: Share, whole: bool, first: int, last: int) -> np.ndarray:
+        """Elements ``first`` to ``last`` of ``share``, flattened; no more is read than the rows they lie in."""
         from safetensors import SafetensorError, safe_open
 
-        name = self.index["files"][file]
+        name, key, size = self.index["files"][file], _key(share, whole=whole), share.stop - share.start
         try:
             if name not in self.files:
                 self.files[name] = self.open.enter_context(safe_open(self.folder / name, "np"))
             rows = self.files[name].get_slice(key)
             shape = rows.get_shape()
+            if rows.get_dtype() != "F32" or math.prod(shape) != size:
+                raise CheckpointError(
+                    f"checkpoint `{self.folder}`: `{key}` in `{name}` is {rows.get_dtype()} of shape {shape}, and "
+                    f"should be {size} elements of F32",
+                    hint="use the checkpoint before it",
+                )
             width = math.prod(shape[1:])
             row = first // width
             values: np.ndarray = rows[row : -(-last // width)].reshape(-1)
         except (OSError, SafetensorError) as e:
             raise CheckpointError(f"checkpoint `{self.folder}`: `{key}` in `{name}` cannot be read: {e}") from e
         return values[first - row * width : last - row * width]
+
+
+def _check_index(index: Any) -> None:
+    """Raise ValueError, or what an index of other types leads to, unless every element in it lies at one place."""
+    if index["format"] != FORMAT:
+        raise ValueError(f"it is of format {index['format']}, this orch reads {FORMAT}")
+    if type(index["files"]) is not list:
+        raise ValueError("its files are no list")
+    for file in index["files"]:
+        if not FILE.fullmatch(file):
+            raise ValueError(f"it names `{file}`, which is no file of a checkpoint")
+    for name, entry in index["tensors"].items():
+        _check_ints(name, entry["shape"], least=1)
+        cut = None
+        if entry["cut"] is not None:
+            dim, parts, count = entry["cut"]
+            _check_ints(name, [dim, count, *parts])
+            cut = Cut(dim=dim, parts=tuple(parts), index=0, count=count)
+            if count < 1 or len(entry["shape"]) > 2 or sum(parts) != entry["shape"][dim]:
+                raise ValueError(f"`{name}` of shape {entry['shape']} cannot be cut as {entry['cut']}")
+        for slot, pieces in entry["pieces"].items():
+            shape, of = ([1], None) if slot == "step" else (entry["shape"], cut)
+            _check_pieces(f"`{slot}` of `{name}`", pieces, shape, of, len(index["files"]))
+
+
+def _check_pieces(what: str, pieces: list[list[int]], shape: Sequence[int], cut: Cut | None, files: int) -> None:
+    """Raise ValueError where ``pieces`` lie outside the tensor ranks' tensors, or one upon the other."""
+    last, end, size = -1, 0, 0
+    for file, peer, start, stop in sorted(pieces, key=lambda piece: piece[1:3]):
+        _check_ints(what, [file, peer, start, stop])
+        if peer != last:
+            mine = shape if cut is None else replace(cut, index=peer).local_shape(shape)
+            last, end, size = peer, 0, math.prod(mine)
+        if file >= files or peer >= (cut.count if cut else 1) or not end <= start < stop <= size:
+            raise ValueError(f"{what} has a piece from {start} to {stop} of {size} behind one to {end}, in file {file}")
+        end = stop
+
+
+def _check_ints(what: str, values: Sequence[Any], *, least: int = 0) -> None:
+    if not values or any(type(value) is not int or value < least for value in values):
+        raise ValueError(f"{what}: {values} are not whole numbers from {least}")
 
 
 def share_out(everyone: Sequence[Sequence[Extent]]) -> list[list[Share]]:

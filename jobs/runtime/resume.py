@@ -75,11 +75,12 @@ def save(job: Job, parts: Parts, data: Samples, at: Position, probe: Probe, more
         more: what else the run is made of; plain values, the same on every rank.
     """
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> list[str]:
+        files = [save_rng(folder, job.ranks.rank)]
         for name, part in parts.items():
             (folder / name).mkdir(exist_ok=True)
-            pieces.save(folder / name, part, job.ranks)
-        save_rng(folder, job.ranks.rank)
+            files += [str(Path(name, file)) for file in pieces.save(folder / name, part, job.ranks)]
+        return files
 
     state = {
         "identity": identity(job, data),
@@ -171,15 +172,17 @@ def _converted(job: Job, folder: Path, state: dict[str, Any], probe: Probe) -> N
     )  # fmt: skip
 
 
-def save_rng(folder: Path, rank: int) -> None:
-    """Write this rank's random numbers."""
+def save_rng(folder: Path, rank: int) -> str:
+    """Write this rank's random numbers; return the file's name."""
     import torch
     from safetensors.torch import save_file
 
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, folder / f"rng-{rank:05d}.safetensors")
+    name = f"rng-{rank:05d}.safetensors"
+    save_file(states, folder / name)
+    return name
 
 
 def load_rng(folder: Path, rank: int) -> None:

@@ -13,12 +13,14 @@ from jobs.runtime import checkpoint, dist
 from orchestrator.errors import CheckpointError
 
 
-def _save(ranks, root, step, *, keep=3, elements=0, expected_bytes=0, current=(True, True), fails=False):
+def _save(ranks, root, step, *, keep=3, elements=0, expected_bytes=0, current=(True, True), fails=None):
     def write(folder):
         if fails and ranks.rank == 1:
-            raise OSError(28, "No space left on device")
-        (folder / f"shard-{ranks.rank}").write_text(f"{step}-{ranks.rank}")
-        save_file({"x": torch.zeros(elements)}, folder / f"shard-{ranks.rank}.safetensors")
+            raise fails
+        names = [f"shard-{ranks.rank}", f"shard-{ranks.rank}.safetensors"]
+        (folder / names[0]).write_text(f"{step}-{ranks.rank}")
+        save_file({"x": torch.zeros(elements)}, folder / names[1])
+        return names
 
     answers = iter(current)
     done = checkpoint.save(
@@ -44,7 +46,7 @@ def _everything(ranks, root):
     seen["kept"] = checkpoint.committed(root)
     seen["newest"] = checkpoint.newest(root, ranks=ranks)[1]
 
-    seen["fails"] = _save(ranks, root, 50, fails=True)
+    seen["fails"] = _save(ranks, root, 50, fails=OSError(28, "No space left on device"))
     seen["replaced"] = _save(ranks, root, 40, current=[False])
     seen["replaced_meanwhile"] = _save(ranks, root, 50, current=[True, False])
     seen["too_big"] = _save(ranks, root, 50, expected_bytes=10**18)
@@ -101,6 +103,21 @@ def test_two_ranks(tmp_path):
         "recovered": {"step": 70},
         "swept": ["step-0000035", "step-0000040", "step-0000070"],
     }
+
+
+def _bug(ranks, root):
+    with pytest.raises((ValueError, dist.PeerBug)) as error:
+        _save(ranks, root, 1, fails=ValueError("of another shape"))
+    dist.barrier()  # the ranks are still in step
+    return type(error.value).__name__, str(error.value), checkpoint.committed(root)
+
+
+def test_a_bug_on_one_rank_ends_all_of_them(tmp_path):
+    """It would fail at every save, and a run that trains on without checkpoints helps nobody."""
+    assert run_ranks(_bug, 2, tmp_path) == [
+        ("PeerBug", "rank 1: ValueError: of another shape", []),
+        ("ValueError", "of another shape", []),
+    ]
 
 
 def _fill(ranks, root):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
@@ -212,12 +212,83 @@ def test_what_is_wrong_is_named(tmp_path):
     assert "`plain` has shape (8, 6) there and (8, 7) here" in said["shape"]
     assert "has no `weight` of `other`" in said["name"]
     assert "has no `exp_avg` of `plain`" in said["slot"]
-    assert "cannot be read" in said["part"] or "has 30 of the 48 elements" in said["part"]
-    assert "has 96 of the 48 elements wanted of `weight` of `plain`" in said["twice"]
+    assert "`plain@0.0` in `pieces-00000-of-00001.safetensors` cannot be read" in said["part"]
+    assert "`weight` of `plain` has a piece from 0 to 48 of 48 behind one to 48, in file 0" in said["twice"]
     assert "`pieces-00009-of-00010.safetensors` cannot be read" in said["file"]
     assert "names `../pieces-00000-of-00001.safetensors`, which is no file of a checkpoint" in said["stranger"]
     assert "is of format 99, this orch reads 1" in said["format"]
     assert "holds no `pieces.json`" in said["index"]
+
+
+KEYS = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 100), st.floats(0, 9), st.sampled_from(["", "x", [], {}, [0]])
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_index_is_refused_or_harmless(saved, tmp_path, data):
+    """Whatever one place in the index is changed to: what is read is what was saved, or nothing is."""
+    folder = saved / "2x2"
+    index = json.loads((folder / pieces.INDEX).read_text())
+    at, key = index, data.draw(st.sampled_from(sorted(index)))
+    while isinstance(at[key], dict | list) and at[key] and data.draw(st.integers(0, 9)):
+        at = at[key]
+        key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+    how = data.draw(st.sampled_from(["remove", "twice", "other", "more"]))
+    if how == "remove":
+        del at[key]
+    elif how == "twice" and isinstance(at, list):
+        at.append(at[key])
+    elif how == "more" and type(at[key]) is int:
+        at[key] += data.draw(st.sampled_from([-1, 1]))
+    else:
+        at[key] = data.draw(KEYS)
+    for file in folder.glob("*.safetensors"):
+        (tmp_path / file.name).unlink(missing_ok=True)
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / pieces.INDEX).write_text(json.dumps(index))
+    engine = layout(0, 1, 1, salt=1)
+    try:
+        pieces.load(tmp_path, engine)
+    except CheckpointError:
+        return
+    assert _equal(engine, layout(0, 1, 1))
+
+
+def _twice(ranks, root):
+    """What a second save does where nothing has changed, and where another rank holds something else."""
+    worked_out = []
+    for number in range(3):
+        held = layout(0, 1, 1) if number == 2 and ranks.rank == 1 else layout(ranks.rank, 1, 2)
+        (root / str(number)).mkdir(exist_ok=True)
+        dist.barrier()
+        pieces.save(root / str(number), held, ranks)
+        worked_out.append(pieces._shared_out.cache_info().misses)
+        dist.barrier()
+        engine = layout(0, 1, 1, salt=1)
+        pieces.load(root / str(number), engine)
+        assert _equal(engine, layout(0, 1, 1))
+    return worked_out
+
+
+def test_shares_are_worked_out_once(tmp_path):
+    assert run_ranks(_twice, 2, tmp_path) == [[1, 1, 2]] * 2
+
+
+def _breaks(ranks, root):
+    engine = layout(ranks.rank, 1, 2)
+    if ranks.rank == 1:
+        engine.held = None
+        engine.pieces = lambda: 1 / 0
+    with pytest.raises((ZeroDivisionError, dist.PeerBug)) as error:
+        pieces.save(root, engine, ranks)
+    dist.barrier()
+    return str(error.value)
+
+
+def test_a_rank_that_cannot_say_what_it_holds_keeps_none_waiting(tmp_path):
+    assert run_ranks(_breaks, 2, tmp_path)[0] == "rank 1: ZeroDivisionError: division by zero"
 
 
 def test_a_login_node_can_read_it(saved):
