@@ -70,7 +70,7 @@ class Job:
 
     @property
     def place(self) -> Place:
-        """This rank's coordinates: ranks that differ only in tensor and pipeline read the same samples."""
+        """This rank's coordinates: ranks of the same `data` read the same samples."""
         return place(self.ranks.rank, self.ranks.world, self.stage.parallel)
 
     @property

@@ -49,12 +49,14 @@ FP32 = [  # ranks, and the layouts that they take in turn
         {
             "ds pp2 z1": stage_of("deepspeed", pipeline=2, zero=1),
             "colossalai tp2": stage_of("colossalai", tensor=2),
+            "ds u2 z3": stage_of("deepspeed", ulysses=2, zero=3),
         },
     ),
     (1, {"torch again": stage_of("torch")}),
     (
         2,
         {
+            "ds u2 z1": stage_of("deepspeed", ulysses=2, zero=1),
             "colossalai z1": stage_of("colossalai", zero=1),
             "ds z2 offload": stage_of("deepspeed", zero=2, offload="optimizer"),
             "colossalai pp2 interleaved": stage_of("colossalai", pipeline=2, interleave=2),
@@ -79,6 +81,7 @@ BF16 = [
             "torch ddp": stage_of("torch", precision="bf16"),
             "ds z0": stage_of("deepspeed", precision="bf16"),
             "colossalai gemini": stage_of("colossalai", zero=3, precision="bf16"),
+            "ds u2 z3": stage_of("deepspeed", ulysses=2, zero=3, precision="bf16"),
             "ds z3": stage_of("deepspeed", zero=3, precision="bf16"),
         },
     ),

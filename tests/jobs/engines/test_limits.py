@@ -31,6 +31,11 @@ REFUSED = {
     "scores": (replace(stage_of("deepspeed", tensor=2, sequence=True), kind="reward"), "score their own tokens"),
     "offload without shards": (stage_of("deepspeed", offload="optimizer"), "offload comes with ZeRO's shards"),
     "offload of whole weights": (stage_of("deepspeed", zero=2, offload="all"), "only ZeRO-3 shards weights"),
+    "torch ulysses": (stage_of("torch", ulysses=2), "no exchange of tokens for heads"),
+    "ulysses over tensor": (stage_of("deepspeed", ulysses=2, tensor=2), "heads that tensor ranks share"),
+    "ulysses in a pipeline": (stage_of("deepspeed", ulysses=2, pipeline=2), "pipelines know no ranks that share"),
+    "ulysses compiled": (replace(stage_of("deepspeed", ulysses=2), compile=True), "keep the exchange inside a block"),
+    "ulysses scores": (replace(stage_of("deepspeed", ulysses=2), kind="reward"), "equal for pretrain and sft alone"),
     "tuning in a pipeline": (replace(stage_of("deepspeed", pipeline=2), kind="sft"), "which text of a row"),
 }
 

@@ -1,4 +1,4 @@
-"""Tensor, sequence and pipeline parallel against single-process PyTorch: the same losses and gradient norms.
+"""Tensor, sequence, ulysses and pipeline parallel against single-process PyTorch: the same losses and gradient norms.
 
 All cases of a world size share one process group. The reference is a plain loop over whole batches, whose model
 knows nothing of ranks.
@@ -52,6 +52,10 @@ ON_2 = {
     "ds tp2 z3": (stage_of("deepspeed", tensor=2, zero=3), GPT3),
     "ds tp2 z2 offload": (stage_of("deepspeed", tensor=2, zero=2, offload="optimizer"), GPT3),
     "ds tp2 z3 offload": (stage_of("deepspeed", tensor=2, zero=3, offload="all"), GPT3),
+    "ds u2": (stage_of("deepspeed", ulysses=2), GPT3),
+    "ds u2 z1 llama selective": (stage_of("deepspeed", ulysses=2, zero=1, recompute="selective"), LLAMA),
+    "ds u2 z2 offload": (stage_of("deepspeed", ulysses=2, zero=2, offload="optimizer"), GPTJ),
+    "ds u2 z3 llama recompute": (stage_of("deepspeed", ulysses=2, zero=3, recompute="full"), LLAMA),
     "ds pp2": (stage_of("deepspeed", pipeline=2), GPT3),
     "ds pp2 by parameters": (stage_of("deepspeed", pipeline=2, engine_config=BY_PARAMETERS), GPT3),
     "ds pp2 z1": (stage_of("deepspeed", pipeline=2, zero=1, recompute="full"), LLAMA),
@@ -64,6 +68,10 @@ ON_4 = {
     "ds tp2 dp2 z1": (stage_of("deepspeed", tensor=2, zero=1), GPT3),
     "ds tp2 dp2 z2 sp": (stage_of("deepspeed", tensor=2, zero=2, sequence=True), LLAMA),
     "ds tp2 dp2 z3": (stage_of("deepspeed", tensor=2, zero=3), LLAMA),
+    "ds u4": (stage_of("deepspeed", ulysses=4), GPT3),
+    "ds u2 dp2 z1": (stage_of("deepspeed", ulysses=2, zero=1), GPT3),
+    "ds u2 dp2 z2": (stage_of("deepspeed", ulysses=2, zero=2), LLAMA),
+    "ds u2 dp2 z3": (stage_of("deepspeed", ulysses=2, zero=3), GPT3),
     "ds pp2 dp2 z1": (stage_of("deepspeed", pipeline=2, zero=1), GPT3),
     "ds pp4": (stage_of("deepspeed", pipeline=4), GPT3),
     "ds tp2 pp2": (stage_of("deepspeed", tensor=2, pipeline=2), GPT3),
@@ -83,6 +91,10 @@ BF16 = {
     "torch tp2 fsdp2 sp": (stage_of("torch", tensor=2, zero=3, sequence=True, precision="bf16"), LLAMA),
     "ds tp2 dp2 z1 sp": (stage_of("deepspeed", tensor=2, zero=1, sequence=True, precision="bf16"), LLAMA),
     "ds tp2 dp2 z3": (stage_of("deepspeed", tensor=2, zero=3, precision="bf16"), GPT3),
+    "ds u2 dp2": (stage_of("deepspeed", ulysses=2, precision="bf16"), GPT3),
+    "ds u2 dp2 z1": (stage_of("deepspeed", ulysses=2, zero=1, precision="bf16"), LLAMA),
+    "ds u2 dp2 z2": (stage_of("deepspeed", ulysses=2, zero=2, precision="bf16"), GPT3),
+    "ds u2 dp2 z3": (stage_of("deepspeed", ulysses=2, zero=3, precision="bf16"), GPT3),
     "ds pp2 dp2 z1": (stage_of("deepspeed", pipeline=2, zero=1, precision="bf16"), GPT3),
     "ds tp2 pp2 z1 sp": (
         stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True, precision="bf16"),
@@ -94,6 +106,9 @@ CHANGING = {
     "torch tp2 ddp2": stage_of("torch", tensor=2),
     "torch tp2 fsdp2": stage_of("torch", tensor=2, zero=3, sequence=True),
     "ds tp2 z3": stage_of("deepspeed", tensor=2, zero=3),
+    "ds u2 dp2": stage_of("deepspeed", ulysses=2),
+    "ds u2 dp2 z3": stage_of("deepspeed", ulysses=2, zero=3),
+    "ds u4 z1 bf16": stage_of("deepspeed", ulysses=4, zero=1, precision="bf16"),
     "ds pp2 dp2": stage_of("deepspeed", pipeline=2),
     "ds tp2 pp2 z1 sp": stage_of("deepspeed", tensor=2, pipeline=2, zero=1, sequence=True),
     "ds tp2 pp2 bf16": stage_of("deepspeed", tensor=2, pipeline=2, zero=1, precision="bf16"),
@@ -286,8 +301,8 @@ def changing(ranks, root, stages):
 
 
 def test_ramp_and_resume_with_dropout(tmp_path):
-    """Losses of a batch of changing size are plain PyTorch's. A resume, and recompute, change no bit. Tensor peers
-    hold the same weights to the last bit where they hold them whole, dropout or not."""
+    """Losses of a batch of changing size are plain PyTorch's. A resume, and recompute, change no bit. Tensor and
+    ulysses peers hold the same weights to the last bit where they hold them whole, dropout or not."""
     module = init_weights(GPT(GPT3), 0)
     optimizer = torch.optim.AdamW(decay_groups(module, 0.1), lr=LR, betas=(0.9, 0.95))
     wanted = []
@@ -307,6 +322,6 @@ def test_ramp_and_resume_with_dropout(tmp_path):
             assert norm == pytest.approx(wanted_norm, rel=10 * tolerance), name
         assert resumed == unbroken, name
         assert recomputed == kept, name
-        size = stage.parallel.tensor
+        size = stage.parallel.tensor * stage.parallel.ulysses
         for first in range(0, 4, size):
             assert all(results[first + i][name][3] == results[first][name][3] for i in range(size)), name
