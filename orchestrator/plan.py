@@ -9,7 +9,6 @@ they were from published and measured runs, and where they are known to be wrong
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from orchestrator.hardware import chip
 from orchestrator.memory import fullest
 from orchestrator.registry import did_you_mean, find
 from orchestrator.scaling import epochs
-from orchestrator.schedule import batch_at
+from orchestrator.schedule import batches
 from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, ParallelPlan, StageSpec
 from orchestrator.timing import Software
 
@@ -237,13 +236,8 @@ def recomputed_flops_per_token(model: ModelSpec, p: ParallelPlan) -> float:
 
 def _run_s(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> float:
     """All steps, those of a growing batch at their own size."""
-    sizes: Counter[int] = Counter()
-    seen = 0
-    while sizes.total() < stage.steps and (size := batch_at(stage, seen, model.seq_len)) < stage.global_batch:
-        sizes[size] += 1
-        seen += size
-    sizes[stage.global_batch] += stage.steps - sizes.total()
-    return sum(n * step_time(model, stage, cluster, size).total_s for size, n in sizes.items() if n)
+    sizes = batches(stage, model.seq_len)
+    return sum(n * step_time(model, stage, cluster, size).total_s for size, n in sizes.items())
 
 
 def _goodput(stage: StageSpec, cluster: ClusterSpec, run_s: float, save_s: float, step_s: float) -> Goodput:

@@ -5,6 +5,8 @@ stored in a checkpoint but the number of tokens seen.
 """
 
 import math
+from bisect import bisect_left
+from functools import partial
 
 from orchestrator.spec import OptimizerSpec, StageSpec
 
@@ -23,13 +25,27 @@ def batch_at(stage: StageSpec, seen: int, seq_len: int) -> int:
     return min(stage.global_batch, s.ramp_from + int(grown // step) * step)
 
 
+def batches(stage: StageSpec, seq_len: int) -> dict[int, int]:
+    """How many of the stage's steps train on each size of batch, in order."""
+    found: dict[int, int] = {}
+    seen, left = 0, stage.steps
+    while left > 0:
+        size = batch_at(stage, seen, seq_len)
+        grows = partial(_grows, stage, seq_len, seen, size)
+        steps = left if size == stage.global_batch else 1 + bisect_left(range(1, left), True, key=grows)
+        found[size] = steps
+        seen, left = seen + steps * size, left - steps
+    return found
+
+
+def _grows(stage: StageSpec, seq_len: int, seen: int, size: int, steps: int) -> bool:
+    """Whether the batch is larger than ``size`` after ``steps`` of it."""
+    return batch_at(stage, seen + steps * size, seq_len) > size
+
+
 def total_tokens(stage: StageSpec, seq_len: int) -> int:
     """Tokens the whole stage trains on."""
-    seen = steps = 0
-    while steps < stage.steps and (size := batch_at(stage, seen, seq_len)) < stage.global_batch:
-        seen += size
-        steps += 1
-    return (seen + (stage.steps - steps) * stage.global_batch) * seq_len
+    return seq_len * sum(size * steps for size, steps in batches(stage, seq_len).items())
 
 
 def learning_rate(stage: StageSpec, tokens: int, decay_tokens: float) -> float:

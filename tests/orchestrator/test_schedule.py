@@ -2,10 +2,13 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.schedule import batch_at, learning_rate, total_tokens
+from orchestrator.schedule import batch_at, batches, learning_rate, total_tokens
 from orchestrator.spec import OptimizerSpec, ScheduleSpec, StageSpec
 
 GPT3 = StageSpec(
@@ -56,6 +59,15 @@ def test_ramp_grows_linearly_in_whole_steps():
     sizes = _sizes(stage, 2048)
     assert all(b % 16 == 0 and a <= b for a, b in itertools.pairwise(sizes))
     assert total_tokens(stage, 2048) == sum(sizes) * 2048
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 200), st.integers(0, 120), st.floats(1, 1e6), st.one_of(st.none(), st.just(3))
+)
+def test_batches_are_counted_as_they_come(start, more, steps, ramp_tokens, by):
+    schedule = ScheduleSpec(ramp_from=start, ramp_step=by, ramp_tokens=ramp_tokens)
+    stage = StageSpec(kind="pretrain", global_batch=start + more, steps=steps, schedule=schedule)
+    assert batches(stage, 16) == Counter(_sizes(stage, 16))
 
 
 def test_without_a_ramp_every_batch_is_whole():
