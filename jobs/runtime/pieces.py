@@ -103,13 +103,32 @@ class Box(NamedTuple):
 
 
 def save(folder: Path, part: Part, ranks: Ranks) -> list[str]:
-    """Write this rank's share of what ``part`` holds into ``folder``; return the files' names. Collective."""
+    """Write this rank's share of what ``part`` holds into ``folder``; return the files' names. Collective.
+
+    Raises:
+        RanksFailed, PeerBug: on every rank, where one cannot; see ``dist.together``.
+    """
     from safetensors.numpy import save_file
 
     pieces = dist.together(part.pieces)
     mine = tuple(_extent(p) for p in pieces)
     everyones = hashlib.sha256(b"".join(dist.gather(hashlib.sha256(repr(mine).encode()).digest())))
     shares, index = _shared_out(mine, everyones.digest())
+
+    def write() -> list[str]:
+        folder.mkdir(exist_ok=True)
+        files = [_file(ranks.rank, ranks.world)]
+        save_file(_arrays(pieces, shares), folder / files[0])
+        if ranks.rank == 0:
+            write_atomic(folder / INDEX, index)
+            files.append(INDEX)
+        return files
+
+    return dist.together(write)
+
+
+def _arrays(pieces: Sequence[Piece], shares: Sequence[Share]) -> dict[str, np.ndarray]:
+    """What this rank writes, by the names in its file."""
     held: dict[tuple[str, str, int], list[Piece]] = defaultdict(list)
     for p in pieces:
         held[p.name, p.slot, _peer(p.cut)].append(p)
@@ -120,12 +139,7 @@ def save(folder: Path, part: Part, ranks: Ranks) -> list[str]:
         array = _array(piece.data[share.start - piece.start : share.stop - piece.start])
         whole = piece.cut is None and share.stop - share.start == math.prod(piece.shape)
         arrays[_key(share, whole=whole)] = array.reshape(piece.shape) if whole else array
-    files = [_file(ranks.rank, ranks.world)]
-    save_file(arrays, folder / files[0])
-    if ranks.rank == 0:
-        write_atomic(folder / INDEX, index)
-        files.append(INDEX)
-    return files
+    return arrays
 
 
 @lru_cache(maxsize=4)  # as many models as a run trains and averages

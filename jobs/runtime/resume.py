@@ -76,11 +76,10 @@ def save(job: Job, parts: Parts, data: Samples, at: Position, probe: Probe, more
     """
 
     def write(folder: Path) -> list[str]:
-        files = [save_rng(folder, job.ranks.rank)]
+        files = []
         for name, part in parts.items():
-            (folder / name).mkdir(exist_ok=True)
             files += [str(Path(name, file)) for file in pieces.save(folder / name, part, job.ranks)]
-        return files
+        return [*files, save_rng(folder, job.ranks.rank)]
 
     state = {
         "identity": identity(job, data),

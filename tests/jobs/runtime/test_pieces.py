@@ -278,17 +278,21 @@ def test_shares_are_worked_out_once(tmp_path):
 
 def _breaks(ranks, root):
     engine = layout(ranks.rank, 1, 2)
+    with pytest.raises(dist.RanksFailed) as cannot:
+        pieces.save(root / "nothing" / "below" if ranks.rank else root, engine, ranks)
+    dist.barrier()
     if ranks.rank == 1:
-        engine.held = None
         engine.pieces = lambda: 1 / 0
-    with pytest.raises((ZeroDivisionError, dist.PeerBug)) as error:
+    with pytest.raises((ZeroDivisionError, dist.PeerBug)) as bug:
         pieces.save(root, engine, ranks)
     dist.barrier()
-    return str(error.value)
+    return str(cannot.value), str(bug.value)
 
 
-def test_a_rank_that_cannot_say_what_it_holds_keeps_none_waiting(tmp_path):
-    assert run_ranks(_breaks, 2, tmp_path)[0] == "rank 1: ZeroDivisionError: division by zero"
+def test_a_rank_that_fails_keeps_none_waiting(tmp_path):
+    cannot, bug = run_ranks(_breaks, 2, tmp_path)[0]
+    assert cannot.startswith("rank 1: FileNotFoundError")
+    assert bug == "rank 1: ZeroDivisionError: division by zero"
 
 
 def test_a_login_node_can_read_it(saved):
