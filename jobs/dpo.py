@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from jobs.data.preferences import Preferences
 from jobs.runtime.job import Job
-from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -49,14 +48,11 @@ def run(job: Job) -> dict[str, float]:
     from jobs.nn.gpt import GPT
     from jobs.runtime import loop, pairs, start
 
-    if not job.stage.init_from:
-        raise ConfigError(
-            f"`stages.{job.run.stage}` of kind `dpo` has no reference", hint=f"set `stages.{job.run.stage}.init_from`"
-        )
-    data, options = job.experiment.data, job.options
+    data, options, source = job.experiment.data, job.options, job.stage.init_from
+    assert source, "orchestrator/contracts.py asks for it"
     chat = Chat.open(data)
-    reference = start.frozen(job, GPT, job.stage.init_from, chat.tokenizer_sha256)
-    version = job.record.loaded[job.stage.init_from]["manifest_sha256"]
+    reference = start.frozen(job, GPT, source, chat.tokenizer_sha256)
+    version = job.record.loaded[source]["manifest_sha256"]
     referenced = partial(Referenced, reference, version, chat=chat, seq_len=job.experiment.model.seq_len)
     train = referenced(files_of(data, options.examples, "train"), seed=data.seed)
     held_out = referenced(files_of(data, options.examples, "val"), seed=0)

@@ -18,7 +18,7 @@ from jobs.runtime import dist
 from jobs.runtime.faults import Stopped
 from jobs.runtime.job import Job
 from jobs.runtime.resume import PROBE_SAMPLES, Position, Probe, load_weights, resume, save
-from orchestrator.errors import TrainingError
+from orchestrator.errors import DataError, TrainingError
 from orchestrator.schedule import adam_eps, batch_at, learning_rate, total_tokens
 
 if TYPE_CHECKING:
@@ -237,7 +237,10 @@ def evaluate(job: Job, engine: Engine, data: Samples, samples: int) -> float:
         weight = batch["weight"][:count].double() if "weight" in batch else torch.ones_like(nll)
         summed += (nll * weight).sum().item()
         tokens += weight.sum().item()
-    return dist.total(summed) / dist.total(tokens)
+    counted = dist.total(tokens)
+    if not counted:
+        raise DataError("no token counts in what is held out", hint="is there a response in the first of its samples?")
+    return dist.total(summed) / counted
 
 
 def in_turns(job: Job, data: Samples, samples: int) -> Iterator[tuple[Batch, int]]:

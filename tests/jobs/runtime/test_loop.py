@@ -15,7 +15,7 @@ from jobs.runtime import checkpoint, dist, loop
 from jobs.runtime.faults import Stopped
 from jobs.runtime.job import Job
 from jobs.runtime.mesh import place
-from orchestrator.errors import CheckpointError, TrainingError
+from orchestrator.errors import CheckpointError, DataError, TrainingError
 from orchestrator.run import Attempt, Run, read_json, write_json
 from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
 
@@ -41,6 +41,14 @@ class Numbers:
     def batch(self, first, count):
         windows = (torch.arange(first, first + count)[:, None] + torch.arange(MODEL.seq_len + 1)) % MODEL.vocab
         return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
+
+
+class Unanswered(Numbers):
+    """Nothing in it is the model's own to write."""
+
+    def batch(self, first, count):
+        batch = super().batch(first, count)
+        return batch | {"weight": torch.zeros(batch["targets"].shape)}
 
 
 def _train(ranks, root, name, stage, *, told="", loss_fn=mean_loss, data=None):
@@ -87,6 +95,8 @@ def _refuses(ranks, root):
     assert checkpoint.committed(root / "chain" / "nan" / "checkpoints") == []
     with pytest.raises(TrainingError, match="a batch of 3 does not split over 1 data ranks with micro-batches of 2"):
         _train(ranks, root, "odd", replace(STAGE, global_batch=3))
+    with pytest.raises(DataError, match="no token counts in what is held out"):
+        _train(ranks, root, "nothing", STAGE, data=Unanswered())
 
 
 def test_what_cannot_be_trained_on(tmp_path):
