@@ -150,6 +150,8 @@ def asked(
     room = job.experiment.model.seq_len + 1 - job.options.max_tokens
     fitting = {split: [e for e in examples[split] if len(e.ids) <= room] for split in SPLITS}
     log.info("%d of %d prompts leave room for an answer", len(fitting["train"]), len(examples["train"]))
+    if not all(fitting.values()):
+        raise DataError(f"no prompt has at most {room} tokens, and leaves room", hint="lower `options.max_tokens`")
     job = start.limited_to(job, len(fitting["train"]), 1.0)
     found: dict[Split, list[Answers]] = {"train": [], "val": []}
     tokens = 0
