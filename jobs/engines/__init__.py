@@ -47,8 +47,8 @@ OUR_LAYERS = (
         instead="`sequence: false`, or `tensor: 2` and more",
     ),
     Refusal(
-        when={"kind": ("reward",), "sequence": (True,)},
-        why="tensor ranks would each score their own tokens alone",
+        when={"kind": ("reward", "compare", "ppo"), "sequence": (True,)},
+        why="tensor ranks would each score, or sample after, their own tokens alone",
         instead="`sequence: false`",
     ),
 )
