@@ -36,7 +36,7 @@ data: {folder: %(folder)s/data, sources: {text: {text: [%(folder)s/text.txt]}}}
 stages:
   prepare: {kind: prepare, options: {workers: 1}}
   pretrain: {kind: pretrain, after: [prepare], engine: %(engine)s, precision: fp32, global_batch: 64, steps: 100000,
-             save_every: 100000, parallel: {nodes: 2, zero: 1, micro_batch: 8}}
+             save_every: 100000, parallel: {nodes: 2, zero: %(zero)d, micro_batch: 8}}
 """
 PARTS = {  # of the time from an attempt's end to the next one's first step, in order
     "leave and requeue": "the ranks leave, the warden requeues; Slurm's floor taken off",
@@ -91,7 +91,7 @@ def measure(folder: Path, engine: str, repeats: int) -> dict[str, list[float]]:
     (folder / "text.txt").write_text(
         "\n".join(p.read_text() for p in sorted((HERE.parents[1] / "orchestrator").glob("*.py")))
     )
-    (folder / "config.yaml").write_text(CONFIG % {"folder": folder, "engine": engine})
+    (folder / "config.yaml").write_text(CONFIG % {"folder": folder, "engine": engine, "zero": engine != "torch"})
     slurm_s = floor(folder, repeats)
     call(str(ORCH), "--runs", str(folder / "runs"), "submit", str(folder / "config.yaml"), "--detach")
     run = Run.load(folder / "runs" / "again" / "pretrain")
