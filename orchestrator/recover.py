@@ -186,7 +186,7 @@ def decide(e: Evidence) -> Decision:
 
 def fruitless_note(attempts: int) -> str:
     """Why a run is stopped that could go on."""
-    return f"stopped: {attempts} attempts in a row brought no new checkpoint"
+    return f"stopped: {attempts} attempt{'s in a row' * (attempts > 1)} brought no new checkpoint"
 
 
 def fruitless(attempts: Sequence[Any]) -> int:

@@ -272,9 +272,12 @@ def rank_processes(run):
     return [p for p in processes(run) if p.info["cmdline"][1:4] == ["-u", "-m", "submitit.core._submit"]]
 
 
-def no_orphan(run, seconds=60):
+def no_orphan(run, seconds=180):
     """Nothing of ``run`` goes on, on whatever node: neither a rank nor its forwarder, which has a farewell to say."""
-    wait(lambda: not processes(run), f"the end of all processes of {run.name}", seconds)
+    try:
+        wait(lambda: not processes(run), f"the end of all processes of {run.name}", seconds)
+    except AssertionError as error:
+        raise AssertionError([*error.args, *(p.info["cmdline"][:8] for p in processes(run))]) from error
 
 
 def processes(run):

@@ -7,6 +7,7 @@ is left of its run. `-k` deals those of the chosen tests only.
 import json
 import math
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.slurm
 AT_A_TIME = 4  # a rank costs a processor some seconds to start
 ALL = list(range(1, STEPS + 1))
 ALONE = ("engine=torch", "parallel.zero=0", "parallel.nodes=1")  # one rank, which no peer stops
+SLURM_CONF = threading.Lock()  # of whoever changes how all preempted jobs are told, and of those who are told
 NOTICED_S = 400  # Slurm takes half a minute to miss a node, then the run starts anew; here, beside others
 
 
@@ -93,6 +95,15 @@ def partition(cluster):
     return run
 
 
+def given_up(cluster):
+    """A node dies before the first checkpoint. Slurm requeues the job by itself, and this run may fail once only."""
+    run = cluster.submit("given-up", "cluster.slurm.patience.attempts=1", "--stage", "pretrain")
+    wait(run.attempts, "its start")
+    with lost(cluster, "kill", cluster.nodes(run)[0]):
+        wait(lambda: cluster.job(run) == "FAILED", "giving up", NOTICED_S)
+    return run
+
+
 def split_brain(cluster):
     """A node loses its network; its rank needs nobody, and trains on beside the one that replaces it."""
     run = cluster.submit("split", *(f"stages.pretrain.{word}" for word in ALONE), "--stage", "pretrain")
@@ -125,10 +136,34 @@ def preemption(cluster):
     """A job of a partition that goes first wants the nodes."""
     run = cluster.submit("preempted")
     wait_for_step(run, 5)
-    urgent = ("--partition=urgent", f"--nodelist={','.join(cluster.nodes(run))}", "--nodes=2", "--exclusive")
-    cluster("sbatch", *urgent, "--output=/dev/null", "--wrap=true")
+    with held(run) as ranks, SLURM_CONF:
+        make_room(cluster, run, ranks, signal.SIGUSR2)
     wait_for_end(cluster, run, "1r1")
     return run
+
+
+def grace_alone(cluster):
+    """The same on a cluster with a GraceTime and without `preempt_send_user_signal`: SIGTERM, as by a cancel."""
+    run = cluster.submit("graced")
+    wait_for_step(run, 5)
+    with held(run) as ranks, SLURM_CONF:
+        conf = cluster("sh", "-c", "echo $SLURM_CONF").strip()
+        cluster("sed", "-i", "s/^SlurmctldParameters=/#&/", conf)
+        cluster("scontrol", "reconfigure")
+        try:
+            make_room(cluster, run, ranks, signal.SIGTERM)
+        finally:
+            cluster("sed", "-i", "s/^#SlurmctldParameters=/SlurmctldParameters=/", conf)
+            cluster("scontrol", "reconfigure")
+    wait_for_end(cluster, run, "1r1")
+    return run
+
+
+def make_room(cluster, run, ranks, number):
+    """Queue what goes before ``run``, and wait until Slurm has told its ``ranks`` so by signal ``number``."""
+    urgent = ("--partition=urgent", f"--nodelist={','.join(cluster.nodes(run))}", "--nodes=2", "--exclusive")
+    cluster("sbatch", *urgent, "--output=/dev/null", "--wrap=true")
+    wait(lambda: all(is_told(rank, number) for rank in ranks), "the signal")
 
 
 def requeue(cluster):
@@ -172,8 +207,8 @@ def scancel(cluster):
     return run
 
 
-FAULTS = (outage, power_cut, batch_node_power_cut, partition, split_brain)
-FAULTS += (time_limit, preemption, requeue, cancel, scancel)
+FAULTS = (outage, power_cut, batch_node_power_cut, partition, split_brain, given_up)
+FAULTS += (time_limit, preemption, grace_alone, requeue, cancel, scancel)
 
 
 @contextmanager
@@ -253,6 +288,24 @@ def test_preemption(dealt, unbroken):
     run = dealt[preemption].result()
     assert run.attempts()[0].cause == "preempted"
     goes_on_in_place(run, unbroken)
+
+
+def test_grace_alone(dealt, unbroken):
+    run = dealt[grace_alone].result()
+    first = run.attempts()[0]
+    assert (first.cause, first.next) == ("preempted", "requeue"), "told from a cancel by the job's PreemptTime"
+    goes_on_in_place(run, unbroken)
+
+
+def test_given_up(dealt, cluster):
+    run = dealt[given_up].result()
+    assert [(a.name, a.cause, a.next) for a in run.attempts()] == [
+        ("1", "lost", "requeue"),
+        ("1r1", "fruitless", "stop"),
+    ]
+    assert "1 attempt brought no new checkpoint" in run.attempts()[1].note
+    assert cluster.state("given-up") == {"pretrain": "failed"}
+    no_orphan(run)
 
 
 def test_requeue(dealt, unbroken):
