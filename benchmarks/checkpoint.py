@@ -1,11 +1,17 @@
 """Saving and loading pieces against the ways of before: one file of torch's safetensors, and DeepSpeed's own files.
 
     OMP_NUM_THREADS=1 python benchmarks/checkpoint.py
+    OMP_NUM_THREADS=1 python benchmarks/checkpoint.py shares
 
 One process, fp32, a GPT of 29 million parameters with AdamW's state: 350 MB. Each round takes every way in turn, so
 that a busy machine is busy for all; medians over the rounds, and ratios, which is what counts.
+
+`shares`: what rank 0 works out at the first save of GPT-3 175B on 1,024 ranks (configs/gpt3-175b.yaml); no tensors.
 """
 
+import json
+import math
+import resource
 import statistics
 import sys
 import tempfile
@@ -45,6 +51,79 @@ def ways(name, engine, ranks):
     }
 
 
+WORLD, LAYOUT = 1024, {"tensor": 8, "pipeline": 16, "zero": 1}
+
+
+def extents(parallel, rank):
+    """What ``rank`` holds of GPT-3 175B: its own layers, cut over tensor ranks, and of them, laid end to end, an equal
+    part (ZeRO-1)."""
+    from jobs.nn.cut import Cut
+    from jobs.runtime.mesh import place
+    from jobs.runtime.pieces import SLOTS, Extent
+
+    layers, hidden, vocab, at = 96, 12288, 50257, place(rank, WORLD, parallel)
+    column = {"attention.qkv": [hidden] * 3, "feed_forward.up": [4 * hidden]}
+    row = {"attention.proj": hidden, "feed_forward.down": 4 * hidden}
+    tensors = {}
+    if at.pipeline in (0, at.pipeline_size - 1):
+        tensors["embed.weight"] = (vocab, hidden), (0, (vocab,))
+    if at.pipeline == 0:
+        tensors["positions.weight"] = (2048, hidden), None
+    each = layers // at.pipeline_size
+    for i in range(at.pipeline * each, (at.pipeline + 1) * each):
+        for name, parts in column.items():
+            tensors[f"blocks.{i}.{name}.weight"] = (sum(parts), hidden), (0, tuple(parts))
+            tensors[f"blocks.{i}.{name}.bias"] = (sum(parts),), (0, tuple(parts))
+        for name, width in row.items():
+            tensors[f"blocks.{i}.{name}.weight"] = (hidden, width), (1, (width,))
+            tensors[f"blocks.{i}.{name}.bias"] = (hidden,), None
+        for norm in ("norm1", "norm2"):
+            tensors |= {f"blocks.{i}.{norm}.{what}": ((hidden,), None) for what in ("weight", "bias")}
+
+    def cut(of):
+        return Cut(dim=of[0], parts=of[1], index=at.tensor, count=at.tensor_size) if of and at.tensor_size > 1 else None
+
+    local = {}
+    for name, (shape, of) in tensors.items():
+        mine = cut(of)
+        local[name] = (tuple(mine.local_shape(shape)) if mine else shape), mine
+    sizes = {name: math.prod(shape) for name, (shape, _) in local.items()}
+    total, begin, found = sum(sizes.values()), 0, []
+    first, last = total * at.data // at.data_size, total * (at.data + 1) // at.data_size
+    for name, (shape, mine) in local.items():
+        n = sizes[name]
+        start, stop = max(0, first - begin), min(n, last - begin)
+        begin += n
+        if start < stop:
+            found += [Extent(name, slot, shape, mine, start, stop) for slot in SLOTS[:3]]
+            found.append(Extent(name, "step", (1,), None, 0, 1))
+    return found
+
+
+def shares():
+    """Times and memory, in this process."""
+    from jobs.runtime import pieces
+    from orchestrator.spec import ParallelPlan
+
+    parallel = ParallelPlan(nodes=WORLD // 8, **LAYOUT)
+    gathered = [pieces._packed(extents(parallel, rank)) for rank in range(WORLD)]
+    sent = sum(rows.nbytes + len(repr(tensors)) for tensors, rows in gathered)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    everyone = [pieces._unpacked(*packed) for packed in gathered]
+    made = pieces.share_out(everyone)
+    index = json.dumps(pieces._index_of(everyone, made))
+    took = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    started = time.perf_counter()
+    pieces._check_index(json.loads(index))
+    read = time.perf_counter() - started
+    held, written = sum(map(len, everyone)), sum(map(len, made))
+    print(f"{held:,} extents, {sent / WORLD / 1e3:.1f} kB sent by a rank, {written:,} shares")
+    print(f"worked out in {took:.2f} s and {peak / 1e6:.3f} GB on rank 0")
+    print(f"index of {len(index) / 1e6:.1f} MB, read and checked in {read:.2f} s")
+
+
 def main():
     import torch
 
@@ -79,4 +158,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shares() if sys.argv[1:] == ["shares"] else main()
