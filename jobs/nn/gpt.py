@@ -94,6 +94,8 @@ class GPT(nn.Module):
         if self.positions is not None:
             x_BTH = self.positions(x_BTH, places_BT)
         x_BTH = self.drop(x_BTH)
+        if cache and mask is not None:
+            mask = additive(mask, x_BTH.dtype)
         for layer, block in enumerate(self.blocks):
             x_BTH = block(x_BTH, mask, cache[layer] if cache else None)
         return x_BTH if self.norm is None else self.norm(x_BTH)
@@ -293,7 +295,7 @@ class Attention(nn.Module):
         """(B, T, H) to (B, T, H).
 
         Args:
-            mask: (B, 1, T, S), what each query sees besides what causality and the window say.
+            mask: (B, 1, T, S), what each query sees besides what causality and the window say; bool or additive.
             cache: of the tokens before these, to which these are added.
         """
         q_BTAD, k_BTKD, v_BTKD = (
@@ -322,7 +324,10 @@ class Attention(nn.Module):
         new, tokens = q_BATD.shape[2], k_BKSD.shape[2]
         if self.window is not None and self.window < tokens:  # a dense layer may use the flash kernel
             band_TS = band(tokens, self.window, q_BATD.device, last=new)
-            mask = band_TS if mask is None else mask & band_TS
+            if mask is None:
+                mask = band_TS
+            else:
+                mask = mask & band_TS if mask.dtype == torch.bool else mask.masked_fill(~band_TS, -math.inf)
         elif mask is None and 1 < new < tokens:
             mask = band(tokens, tokens, q_BATD.device, last=new)
         dropout = self.dropout if self.training else 0.0
@@ -382,6 +387,11 @@ def seen(segments_BS: Tensor, tokens: int) -> Tensor:
     same_BTS = segments_BS[:, -tokens:, None] == segments_BS[:, None, :]
     total = segments_BS.shape[1]
     return (same_BTS & band(total, total, segments_BS.device, last=tokens))[:, None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as SDPA adds it to the scores: made once here, it is not made in every layer of every token."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
 
 
 def places(segments_BS: Tensor) -> Tensor:
