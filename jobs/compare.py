@@ -148,7 +148,7 @@ def asked(
     from jobs.runtime.faults import Stopped
 
     room = job.experiment.model.seq_len + 1 - job.options.max_tokens
-    fitting = {split: [e for e in examples[split] if len(e.ids) <= room] for split in SPLITS}
+    fitting = {split: [e for e in examples[split] if 0 < len(e.ids) <= room] for split in SPLITS}
     log.info("%d of %d prompts leave room for an answer", len(fitting["train"]), len(examples["train"]))
     if not all(fitting.values()):
         raise DataError(f"no prompt has at most {room} tokens, and leaves room", hint="lower `options.max_tokens`")

@@ -9,7 +9,7 @@ import torch
 
 from jobs.data import bpe
 from jobs.data.chat import Chat
-from jobs.data.examples import Files, demonstrations, fingerprint, prompts, ranked
+from jobs.data.examples import Files, answered, demonstrations, fingerprint, prompts, ranked
 from jobs.data.packing import Demonstrations
 from orchestrator.errors import DataError
 from orchestrator.spec import ChatSpec, DataSpec
@@ -95,6 +95,22 @@ def test_lengths_that_the_examples_may_have(chat, tmp_path):
     assert [p.line for p in prompts(most, chat, longest=60, left_out=Counter())] == [lines[0], lines[2]]
     ways = [files, replace(files, max_prompt=3), replace(files, max_response=3)]
     assert len({fingerprint(w, chat) for w in ways}) == 3
+
+
+def test_what_is_asked_has_tokens_and_what_is_answered_a_response(chat, tmp_path):
+    plain = Chat(chat.tokenizer, ChatSpec(end="<|end|>"), end=chat.end, tokenizer_sha256=chat.tokenizer_sha256)
+    files = write(
+        tmp_path, {"prompt": "", "response": "b"}, {"prompt": "a", "response": ""}, {"prompt": "a", "response": "b"}
+    )
+    left_out = Counter()
+    assert len(prompts(files, plain, longest=9, left_out=left_out)) == 2
+    assert left_out == {"empty prompts": 1}
+    found = answered(files, chat, longest=30, left_out=left_out)
+    assert [p.line["response"] for p in found] == ["b", "b"]
+    assert found[1].ids == chat.prompt([{"role": "user", "content": "a"}])
+    assert left_out["empty responses"] == 1
+    with pytest.raises(DataError, match="line 1: no `response`; there is `prompt`"):
+        answered(write(tmp_path, {"prompt": "a"}), chat, longest=30, left_out=left_out)
 
 
 def test_equal_responses_are_no_preference(chat, tmp_path):
