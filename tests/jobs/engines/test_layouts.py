@@ -49,9 +49,9 @@ FP32 = [  # ranks, and the layouts that they take in turn
         {
             "ds pp2 z1": stage_of("deepspeed", pipeline=2, zero=1),
             "colossalai tp2": stage_of("colossalai", tensor=2),
-            "ds u2 z3": stage_of("deepspeed", ulysses=2, zero=3),
         },
     ),
+    (2, {"ds u2 z3": stage_of("deepspeed", ulysses=2, zero=3)}),
     (1, {"torch again": stage_of("torch")}),
     (
         2,
