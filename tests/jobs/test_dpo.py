@@ -1,7 +1,9 @@
 """DPO: engines against equation 7 written out, response by response, in double precision."""
 
+import gc
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,16 +14,16 @@ from jobs import dpo
 from jobs.data import bpe
 from jobs.data.chat import Chat
 from jobs.data.examples import Files
-from jobs.engines import deepspeed as deepspeed_engine
-from jobs.engines import torch as torch_engine
+from jobs.engines.torch import Frozen
 from jobs.nn.gpt import GPT, decay_groups, init_weights
 from jobs.runtime import dist
+from orchestrator.registry import find
 from orchestrator.spec import ChatSpec, DataSpec, ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
 
 MODEL = ModelSpec(layers=2, hidden=32, heads=4, vocab=300, seq_len=32, init_std=0.1)
 BATCH, MICRO, STEPS, LR, BETA, REFERENCE = 4, 2, 3, 3e-3, 0.5, 7  # the last: seed of the reference's weights
 RESPONSES = [["aa", "b"], ["c", "dd", "eee", "f"], ["gg", "h", "i"], ["bad", "cab fed"]] * 2
-ENGINES = {"torch": (torch_engine, (0, 2, 3)), "deepspeed": (deepspeed_engine, (0, 1, 2, 3))}
+ENGINES = {"torch": (0, 2, 3), "deepspeed": (0, 1, 2, 3), "colossalai": (0, 1, 2)}  # with their ZeRO stages in fp32
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +41,31 @@ def _data(folder, reference):
     return dpo.Referenced(reference, "version", files, chat, seq_len=MODEL.seq_len, seed=3)
 
 
-def _engines(ranks, folder):
+def _engine(ranks, folder, name):
     seen = {}
-    for name, (engine_of, zeros) in ENGINES.items():
-        for zero in zeros:
-            plan = ParallelPlan(zero=zero, micro_batch=MICRO)
-            optimizer = OptimizerSpec(lr=LR, clip=0.0)
-            stage = StageSpec(
-                kind="dpo", engine=name, parallel=plan, precision="fp32", global_batch=BATCH, optimizer=optimizer
-            )
-            how = StageSpec(
-                kind="dpo", precision="fp32", parallel=ParallelPlan(zero=3 if zero == 3 else 0), seed=REFERENCE
-            )
-            data = _data(folder, torch_engine.Frozen(lambda tensor=None: GPT(MODEL), how, ranks))
-            engine = engine_of.build(lambda tensor=None: GPT(MODEL), stage, ranks, partial(dpo.loss, beta=BETA))
-            steps = []
-            for step in range(STEPS):
-                batch = data.batch(step * BATCH + ranks.rank * MICRO, MICRO)
-                result = engine.train_step([batch], lr=LR)
-                steps.append((dist.mean_and_any(result.loss, False)[0], result.grad_norm))
-            seen[f"{name}-{zero}"] = steps
-            if hasattr(engine, "engine"):
-                engine.engine.destroy()
-            dist.barrier()
+    for zero in ENGINES[name]:
+        plan = ParallelPlan(zero=zero, micro_batch=MICRO)
+        stage = StageSpec(
+            kind="dpo",
+            engine=name,
+            parallel=plan,
+            precision="fp32",
+            global_batch=BATCH,
+            optimizer=OptimizerSpec(lr=LR, clip=1000.0),
+        )
+        frozen = replace(stage, engine="torch", parallel=replace(plan, zero=3 if zero == 3 else 0), seed=REFERENCE)
+        data = _data(folder, Frozen(lambda tensor=None: GPT(MODEL), frozen, ranks))
+        make, loss = lambda tensor=None: GPT(MODEL), partial(dpo.loss, beta=BETA)
+        engine = find("jobs.engines", name).build(make, stage, ranks, loss)
+        seen[zero] = []
+        for step in range(STEPS):
+            result = engine.train_step([data.batch(step * BATCH + ranks.rank * MICRO, MICRO)], lr=LR)
+            seen[zero].append((dist.mean_and_any(result.loss, False)[0], result.grad_norm))
+        if name == "deepspeed":
+            engine.engine.destroy()
+        del engine
+        gc.collect()
+        dist.barrier()
     return seen
 
 
@@ -99,12 +103,14 @@ def _written_out(folder):
 
 
 @pytest.mark.slow
-def test_every_engine_takes_the_steps_of_equation_7(folder):
+@pytest.mark.parametrize("name", ["torch", "deepspeed", pytest.param("colossalai", marks=pytest.mark.parity)])
+def test_every_engine_takes_the_steps_of_equation_7(folder, name):
     expected = _written_out(folder)
     assert expected[0][0] != pytest.approx(math.log(2), abs=0.01), "policy and reference must differ at the start"
-    by_rank = run_ranks(_engines, 2, folder)
+    preload = "colossalai.booster.plugin" if name == "colossalai" else None
+    by_rank = run_ranks(_engine, 2, folder, name, preload=preload)
     assert by_rank[0] == by_rank[1]
-    for name, steps in by_rank[0].items():
+    for zero, steps in by_rank[0].items():
         for (loss, norm), (wanted, wanted_norm) in zip(steps, expected, strict=True):
-            assert loss == pytest.approx(wanted, abs=1e-5), name
-            assert norm == pytest.approx(wanted_norm, rel=1e-4), name
+            assert loss == pytest.approx(wanted, abs=1e-5), zero
+            assert norm == pytest.approx(wanted_norm, rel=1e-4), zero
