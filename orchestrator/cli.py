@@ -439,15 +439,19 @@ def consolidate(root: Path, run: str, step: int | None, to: Path) -> None:
     Weights come into `model-*.safetensors`, the optimizer's state into `optimizer-*.safetensors`. Reads
     checkpoints of every engine and layout. The folder is a checkpoint itself, which any of them goes on from.
     """
-    from orchestrator.consolidate import checkpoint_of
+    from orchestrator.consolidate import checkpoint_of, size_bytes
     from orchestrator.consolidate import consolidate as write
     from orchestrator.run import find_runs
+    from orchestrator.show import bytes_bar
 
     runs = find_runs(root, run)
     if len(runs) > 1:
         names = ", ".join(f"`{r.name}`" for r in runs)
         raise OrchError(f"`{run}` has {len(runs)} runs: {names}", hint="name one of them")
-    for file in write(checkpoint_of(runs[0], step), to):
+    folder = checkpoint_of(runs[0], step)
+    with bytes_bar(to.name, size_bytes(folder)) as wrote:
+        files = write(folder, to, wrote=wrote)
+    for file in files:
         click.echo(file)
 
 

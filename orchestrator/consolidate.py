@@ -2,16 +2,19 @@
 
 Every tensor whole, in fp32, by the model's own name: weights in `model-*.safetensors`, AdamW's state in
 `optimizer-*.safetensors` as `exp_avg/<name>`, `exp_avg_sq/<name>` and `step/<name>`. The folder is a checkpoint itself:
-any engine and layout goes on from it. No torch; one file's tensors are held in memory at a time.
+any engine and layout goes on from it. No torch; one tensor is held in memory at a time.
 """
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError
 from orchestrator.run import Run, read_json
+
+Part = tuple[str, str, tuple[int, ...]]  # slot, name, shape
 
 
 def checkpoint_of(run: Run, step: int | None) -> Path:
@@ -26,46 +29,85 @@ def checkpoint_of(run: Run, step: int | None) -> Path:
     return checkpoint.folder_of(run.checkpoints, steps[0] if step is None else step)
 
 
-def consolidate(folder: Path, to: Path, *, file_bytes: int = 5_000_000_000) -> list[Path]:
+def consolidate(
+    folder: Path, to: Path, *, file_bytes: int = 5_000_000_000, wrote: Callable[[int], None] = lambda _: None
+) -> list[Path]:
     """Write the checkpoint in ``folder`` anew into the folder ``to``, which must not exist; return the files.
 
+    Until it is whole it is called `<to>.partial`; what a run that was broken off left there is removed.
+
+    Args:
+        wrote: hears of bytes as they are written; there will be ``size_bytes(folder)`` of them.
+
     Raises:
-        CheckpointError: the checkpoint is damaged or incomplete, or ``to`` exists.
+        CheckpointError: the checkpoint is damaged or incomplete, there is no room, or ``to`` exists.
     """
+    import numpy as np
+
+    from jobs.runtime import whole
     from jobs.runtime.checkpoint import MANIFEST, STATE, damage
     from jobs.runtime.job import Ranks
-    from jobs.runtime.pieces import INDEX, Store
-    from jobs.runtime.whole import ALONE, commit, grouped
+    from jobs.runtime.pieces import INDEX, Extent, Store
 
     if problem := damage(folder, Ranks()):
         raise CheckpointError(f"checkpoint `{folder}` is damaged: {problem}", hint="choose another with `--step`")
-    if to.exists():
-        raise CheckpointError(f"`{to}` exists", hint="name a folder that does not, or remove it")
-    to.mkdir(parents=True)
+    partial = _begin(to, size_bytes(folder))
     with Store(folder) as store:
-        entries = store.index["tensors"]
-        weights = [("weight", name, tuple(e["shape"])) for name, e in entries.items()]
-        state = [(slot, name, shape) for slot in ("exp_avg", "exp_avg_sq") for _, name, shape in weights]
-        state += [("step", name, (1,)) for name in entries]
-        files = grouped("model", weights, file_bytes) | grouped("optimizer", state, file_bytes)
-        for name, parts in files.items():
-            _write(store, to / name, parts)
+
+        def read(part: Part) -> np.ndarray:
+            slot, name, shape = part
+            flat = np.empty(math.prod(shape), np.float32)
+            store.read(Extent(slot=slot, name=name, shape=shape, cut=None, start=0, stop=flat.size), flat)
+            return flat
+
+        weights, state = _parts(store.index["tensors"])
+        files = whole.grouped("model", weights, file_bytes) | whole.grouped("optimizer", state, file_bytes)
+        hashed = {name: whole.write(partial / name, parts, read, wrote) for name, parts in files.items()}
     said = read_json(folder / STATE)
-    layout = {"engine": "consolidated", "precision": said["layout"]["precision"], **ALONE}
-    commit(to, files, {**said, "layout": layout})
+    layout = {"engine": "consolidated", "precision": said["layout"]["precision"], **whole.ALONE}
+    whole.commit(partial, files, {**said, "layout": layout}, hashed)
+    partial.rename(to)
     return [to / name for name in sorted([*files, INDEX, STATE])] + [to / MANIFEST]
 
 
-def _write(store: Any, path: Path, parts: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
-    """Assemble ``parts`` and write them as one file."""
-    import numpy as np
-    from safetensors.numpy import save_file
+def size_bytes(folder: Path) -> int:
+    """Bytes of all tensors of the checkpoint in ``folder``."""
+    from jobs.runtime.pieces import Store
 
-    from jobs.runtime.pieces import Extent
+    with Store(folder) as store:
+        weights, state = _parts(store.index["tensors"])
+    return sum(4 * math.prod(shape) for *_, shape in [*weights, *state])
 
-    arrays = {}
-    for slot, name, shape in parts:
-        flat = np.empty(math.prod(shape), np.float32)
-        store.read(Extent(name, slot, shape, None, 0, flat.size), flat)
-        arrays[name if slot == "weight" else f"{slot}/{name}"] = flat.reshape(shape)
-    save_file(arrays, path, metadata={"format": "pt"})
+
+def _parts(entries: dict[str, Any]) -> tuple[list[Part], list[Part]]:
+    """Weights, and what the optimizer keeps of them, in the order in which they are written."""
+    weights = [("weight", name, tuple(e["shape"])) for name, e in entries.items()]
+    state = [
+        (slot, name, (1,) if slot == "step" else shape)
+        for slot in ("exp_avg", "exp_avg_sq", "step")
+        for _, name, shape in weights
+        if slot in entries[name]["pieces"]
+    ]
+    return weights, state
+
+
+def _begin(to: Path, needs: int) -> Path:
+    """An empty `<to>.partial`; one that a run before left is removed, if it holds nothing else."""
+    from jobs.runtime.checkpoint import MANIFEST, STATE
+    from jobs.runtime.pieces import FILE, INDEX
+
+    if to.exists():
+        raise CheckpointError(f"`{to}` exists", hint="name a folder that does not, or remove it")
+    partial = to.with_name(f"{to.name}.partial")
+    for path in partial.glob("*"):
+        if path.name not in (INDEX, STATE, MANIFEST) and not FILE.fullmatch(path.name):
+            raise CheckpointError(f"`{partial}` holds `{path.name}`, which is not of it", hint="move it elsewhere")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    if (free := shutil.disk_usage(partial).free) < needs:
+        partial.rmdir()
+        raise CheckpointError(
+            f"it takes {needs / 1e9:.1f} GB, and `{to.parent}` has {free / 1e9:.1f} GB free", hint="make room"
+        )
+    return partial

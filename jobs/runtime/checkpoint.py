@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,10 @@ def save(
     return not problem
 
 
-def commit(folder: Path, state: dict[str, Any]) -> None:
-    """Commit what this process alone has written into ``folder``."""
-    _commit(folder, state, _hash(folder, _names(folder)))
+def commit(folder: Path, state: dict[str, Any], hashed: Mapping[str, list] | None = None) -> None:
+    """Commit what this process alone has written into ``folder``; size and SHA-256 of some files may be known."""
+    known = dict(hashed or {})
+    _commit(folder, state, known | _hash(folder, [name for name in _names(folder) if name not in known]))
 
 
 def retire(root: Path, keep: int, *, saved: int, ranks: Ranks) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jobs.runtime.checkpoint import damage
+from jobs.runtime.job import Ranks
 from orchestrator import parity
 from orchestrator.consolidate import consolidate
 from orchestrator.errors import CheckpointError
@@ -134,6 +136,7 @@ def test_one_canonical_set(place, report, tmp_path):
     assert found["torch"]["step/embed.weight"] == [6.0]
 
     again = consolidate(tmp_path / "torch", tmp_path / "again")  # it is a checkpoint itself
+    assert damage(tmp_path / "again", Ranks()) == ""  # sizes and hashes that were taken while it was written
     whole = {key: a for f in again if f.suffix == ".safetensors" for key, a in load_file(f).items()}
     assert all(np.array_equal(whole[key], array) for key, array in found["torch"].items())
     with pytest.raises(CheckpointError, match="exists"):
@@ -147,6 +150,30 @@ def test_one_canonical_set(place, report, tmp_path):
     with pytest.raises(CheckpointError, match="does not match its SHA-256"):
         consolidate(broken, tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+def test_one_that_was_broken_off(place, report, tmp_path):
+    """What it left is done anew; what is not its own stays. The folder has its name only when it is whole."""
+    saved = Path(report["torch", "zero=3"]["folder"]) / "checkpoints" / "step-0000006"
+    sizes, partial = [], tmp_path / "out.partial"
+
+    def broken_off(size):
+        sizes.append(size)
+        if len(sizes) == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consolidate(saved, tmp_path / "out", file_bytes=20_000, wrote=broken_off)
+    assert list(partial.glob("model-*")) and not (tmp_path / "out").exists()
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"`notes\.txt`, which is not"):
+        consolidate(saved, tmp_path / "out")
+    (partial / "notes.txt").unlink()
+    sizes.clear()
+    consolidate(saved, tmp_path / "out", wrote=sizes.append)
+    assert not partial.exists() and damage(tmp_path / "out", Ranks()) == ""
+    tensors = sum(a.nbytes for f in (tmp_path / "out").glob("*.safetensors") for a in load_file(f).values())
+    assert sum(sizes) == tensors
 
 
 def test_the_command(place, report):
