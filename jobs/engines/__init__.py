@@ -75,6 +75,22 @@ def inputs(module: Any, batch: Batch, device: torch.device) -> tuple[torch.Tenso
     return tuple(batch[name].to(device, non_blocking=True) for name in module.inputs if name in batch)
 
 
+def draw_weights(engine: Engine, seed: int, device: torch.device) -> None:
+    """Give ``engine`` the fp32 weights that any engine begins a run of ``seed`` with; each rank draws its share."""
+    import torch
+
+    from jobs.nn.gpt import draw
+
+    spec: Any = engine.module.spec
+    for piece in engine.pieces():
+        if piece.slot == "weight":
+            shape = piece.cut.whole_shape(piece.shape) if piece.cut else piece.shape
+            whole = draw(spec, seed, piece.name, torch.Size(shape), device)
+            local = piece.cut.take(whole) if piece.cut else whole
+            piece.data.copy_(local.view(-1)[piece.start : piece.start + piece.data.numel()])
+    engine.filled()
+
+
 class Engine(Protocol):
     """One model, its optimizer and its shards on all ranks. Every method is collective."""
 

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import StepResult, inputs, set_groups
+from jobs.engines import StepResult, draw_weights, inputs, set_groups
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import place
@@ -114,10 +114,9 @@ class ColossalEngine:
         self.hybrid = p.tensor > 1 or self.pipelined or (p.zero == 0 and stage.precision == "bf16")
         with torch.device("meta"):
             self.module: Any = make()
-        self.shapes = {name: t.shape for name, t in self.module.named_parameters()}
         self.plugin = self._hybrid_plugin() if self.hybrid else self._plugin()
         self._boost()
-        self._draw()
+        draw_weights(self, stage.seed, self.device)
 
     def train_step(self, batches: Sequence[Batch], *, lr: float, eps: float | None = None) -> StepResult:
         """One AdamW step over ``batches``; their number may differ from step to step (a batch ramp)."""
@@ -234,7 +233,7 @@ class ColossalEngine:
         if zero < 3:
             return plugin.LowLevelZeroPlugin(stage=zero, **common)
         # A model smaller than a chunk would be gathered whole at every use.
-        chunk = min(CHUNK, sum(map(math.prod, self.shapes.values())) / 8 / 2**20)
+        chunk = min(CHUNK, sum(p.numel() for p in self.module.parameters()) / 8 / 2**20)
         at_once = self.stage.parallel.micro_batch * self.place.data_size
         return plugin.GeminiPlugin(
             min_chunk_size_m=chunk,
@@ -298,17 +297,6 @@ class ColossalEngine:
         else:
             kind = shards.Zero if self.stage.parallel.zero else shards.Whole
             self.shards = kind(module=self.module, optimizer=self.optimizer)
-
-    def _draw(self) -> None:
-        """Begin with the weights every engine begins with, of which each rank keeps its share."""
-        from jobs.nn.gpt import draw
-
-        for piece in self.pieces():
-            if piece.slot == "weight":
-                whole = draw(self.module.spec, self.stage.seed, piece.name, self.shapes[piece.name], self.device)
-                local = piece.cut.take(whole) if piece.cut else whole
-                piece.data.copy_(local.view(-1)[piece.start : piece.start + piece.data.numel()])
-        self.filled()
 
     def _whole_copy(self) -> torch.nn.Module:
         """A copy of the whole module, each element from one of the ranks that have it. As large as the model."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jobs.engines import OUR_LAYERS, StepResult, inputs, set_groups
+from jobs.engines import OUR_LAYERS, StepResult, draw_weights, inputs, set_groups
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import Place, place
@@ -212,6 +212,8 @@ class DeepSpeedEngine:
         for state in optimizer.state.values():
             for value in state.values():
                 value.zero_()
+        if stage.precision == "bf16":  # DeepSpeed made its fp32 weights of the bf16 ones
+            draw_weights(self, stage.seed, self.device)
 
     def _build(self, settings: dict[str, Any]) -> tuple[Any, Any]:
         """Make ``module``, its weights still to be drawn; return what DeepSpeed runs, and its grid of ranks, if any."""

@@ -11,7 +11,7 @@ from ranks import run_ranks
 
 from jobs.engines import deepspeed as deepspeed_engine
 from jobs.engines import torch as torch_engine
-from jobs.nn.gpt import GPT, decay_groups, init_weights
+from jobs.nn.gpt import GPT, decay_groups, draw, init_weights
 from jobs.pretrain import mean_loss
 from jobs.runtime import dist, pieces
 from jobs.runtime.job import Ranks
@@ -234,6 +234,26 @@ def _tensor_bytes(path):
     """What is in a safetensors file behind its header."""
     with path.open("rb") as f:
         return path.stat().st_size - 8 - int.from_bytes(f.read(8), "little")
+
+
+def _starts(ranks, cases):
+    """How far each engine's first fp32 weights are from those that are drawn."""
+    seen = {}
+    for name, stage in cases.items():
+        engine = _build(stage, ranks)
+        seen[name] = 0.0
+        for piece in engine.pieces():
+            if piece.slot == "weight":
+                whole = draw(MODEL, stage.seed, piece.name, piece.shape, torch.device("cpu")).view(-1)
+                drawn = whole[piece.start : piece.start + piece.data.numel()]
+                seen[name] = max(seen[name], (piece.data - drawn).abs().max().item())
+        _close(ranks, engine)
+    return seen
+
+
+def test_every_engine_begins_with_the_same_fp32_weights():
+    cases = {name: _stage(*case, precision="bf16") for name, case in (TORCH | DEEPSPEED).items()}
+    assert run_ranks(_starts, 2, cases) == [dict.fromkeys(cases, 0.0)] * 2
 
 
 def _start_from(ranks, root, cases):
