@@ -4,6 +4,7 @@ GPT2LMHeadModel has our weights, by the names and settings of `orch export`; gre
 keys and values; the prompts have several lengths and are padded on the left; a response is over at the end token, and
 tokens count up to it. Greedy, and drawn from the whole distribution. Ours returns log-probabilities and entropies too,
 which PPO needs; theirs only tokens. The two take turns, and which begins alternates; the ratio is the median over them.
+With one thread, seconds are those of the CPU, so that what else runs on the machine counts less.
 
     python benchmarks/rollout.py [--sizes demo,small] [--turns 9] [--threads N] [--json FILE]
 """
@@ -72,12 +73,13 @@ def measure(name, turns, *, sampled):
 
     if not sampled:
         assert torch.equal(we(), they()), "not the same model"
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     speeds = {"ours": [], "transformers": []}
     for turn in range(-1, turns):  # one to warm up
         for key, run in (("ours", we), ("transformers", they))[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
+            start = clock()
             responses = run()
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             if turn >= 0:
                 speeds[key].append(written(responses) / seconds)
     ratios = [o / t for o, t in zip(speeds["ours"], speeds["transformers"], strict=True)]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from jobs.data.order import GOLDEN, key, mix_bits
 from jobs.nn.gpt import GPT, Cache
-from jobs.nn.rl import entropy
 from orchestrator.errors import DataError
 
 FINISHED = 0.5  # share of the rows that may be finished before they are left out of the batch
@@ -119,14 +118,16 @@ def choose(logits_BV: Tensor, sampling: Sampling, draw_B: Tensor) -> tuple[Tenso
     """
     scaled_BV = logits_BV / sampling.temperature if sampling.temperature > 0 else logits_BV
     logp_BV = torch.log_softmax(scaled_BV, -1)
+    p_BV = logp_BV.exp()
+    entropy_B = -(p_BV * logp_BV).sum(-1)  # of logits that are finite
     if sampling.temperature == 0:
         chosen_B = logits_BV.argmax(-1)
     elif not sampling.top_k and sampling.top_p >= 1:
-        share_BV = logp_BV.double().exp().cumsum(-1)
+        share_BV = p_BV.cumsum(-1, dtype=torch.float64)
         at_B = torch.searchsorted(share_BV, (draw_B * share_BV[:, -1])[:, None], right=True)[:, 0]
         chosen_B = at_B.clamp(max=logits_BV.shape[1] - 1)
     else:
-        p_BV, order_BV = logp_BV.exp().sort(dim=-1, descending=True, stable=True)
+        p_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = p_BV.cumsum(-1) - p_BV
         out_BV = before_BV >= sampling.top_p
         if sampling.top_k:
@@ -135,7 +136,7 @@ def choose(logits_BV: Tensor, sampling: Sampling, draw_B: Tensor) -> tuple[Tenso
         at_B = torch.searchsorted(share_BV, (draw_B * share_BV[:, -1])[:, None], right=True)[:, 0]
         last_B = (~out_BV).sum(-1) - 1
         chosen_B = order_BV.gather(1, at_B.minimum(last_B)[:, None])[:, 0]
-    return chosen_B, logp_BV.gather(1, chosen_B[:, None])[:, 0], entropy(scaled_BV)
+    return chosen_B, logp_BV.gather(1, chosen_B[:, None])[:, 0], entropy_B
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int, room: int) -> tuple[Tensor, Tensor]:
