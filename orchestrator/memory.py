@@ -25,6 +25,7 @@ FRAGMENTS = 0.05
 LOGITS_BYTES = 2**31  # larger logits are computed in pieces (jobs/nn/losses.py)
 PIECE_BYTES = {"gpu": 2**29, "cpu": 2**20}  # fp32 copies of logits in the loss (jobs/nn/losses.py)
 BUCKET_ELEMENTS = 5e8  # DeepSpeed's `reduce_bucket_size`, allocated whole
+COLOSSAL_BUCKET = 12 * 2**20  # elements: `reduce_bucket_size_in_m` of ColossalAI's LowLevelZeroPlugin
 LIVE_ELEMENTS = 1e9  # weights that its ZeRO-3 leaves gathered (`stage3_max_live_parameters`)
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "other")
 
@@ -46,14 +47,16 @@ def states(stage: StageSpec, data: int, micro_batches: int) -> States:
     and gradients twice while they accumulate: beside its buckets until the last micro-batch.
     """
     zero, bf16 = stage.parallel.zero, stage.precision == "bf16"
+    alone = stage.parallel.tensor == stage.parallel.pipeline == 1
+    ddp = stage.engine == "torch" or (stage.engine == "colossalai" and alone)
+    twice = 4.0 if ddp and zero == 0 and data > 1 and micro_batches > 1 else 0.0
     if stage.engine == "torch":
-        twice = 4.0 if zero == 0 and data > 1 and micro_batches > 1 else 0.0
         return States(4, 4 + twice, 8, 2 if bf16 and zero == 0 else 0)
     if bf16:
         if stage.engine == "deepspeed" and stage.parallel.pipeline > 1:
             return States(2, 2 + 4, 12)  # micro-batches add up in fp32
         return States(2, 4 if zero == 0 and stage.engine == "deepspeed" else 2, 12)
-    return States(4, 4, 8 if zero == 0 else 12)  # sharded, even fp32 weights are copied
+    return States(4, 4 + twice, 8 if zero == 0 else 12)  # sharded, even fp32 weights are copied
 
 
 @dataclass(frozen=True)
@@ -225,9 +228,9 @@ def buffer_bytes(model: ModelSpec, stage: StageSpec, part: Slice, data: int) -> 
         two = 2 * max(block, model.vocab * model.hidden / p.tensor)
         kept = min(LIVE_ELEMENTS, sharded_params(model, part, p.tensor))
         return width * (max(two, kept) + _bucket(stage))
-    if p.zero:
-        return width * _bucket(stage)
-    return 0.0
+    if p.zero and stage.engine == "colossalai":  # flushed when full; that of a small model only when all is done
+        return width * COLOSSAL_BUCKET if sharded_params(model, part, p.tensor) > COLOSSAL_BUCKET else 0.0
+    return width * _bucket(stage) if p.zero else 0.0
 
 
 def _bucket(stage: StageSpec) -> float:

@@ -63,19 +63,19 @@ def phase_bytes(
     }
     training = {name: base[name] for name in ("activations", "logits", "buffers")}
     return {
-        "rollout": held | _rollout_bytes(model, stage, mine),
+        "rollout": held | rollout_bytes(model, stage),
         "score": held | scoring,
         "update": held | training | {"gradients": max(lasting, base["gradients"])},
     }
 
 
-def _rollout_bytes(model: ModelSpec, stage: StageSpec, mine: float) -> dict[str, float]:
+def rollout_bytes(model: ModelSpec, stage: StageSpec) -> dict[str, float]:
     """While ``rollout_batch`` responses are sampled: the cache, and a copy of an actor that is sharded or cast."""
     p, rows, width = stage.parallel, stage.options["rollout_batch"], _width(stage)
     copied = p.zero == 3 or (stage.engine == "torch" and (p.zero > 0 or stage.precision == "bf16"))
     return {
         "kv_cache": cache_bytes(model, stage, rows * model.seq_len),
-        "buffers": width * mine if copied else 0.0,
+        "buffers": width * sharded_params(model, slice_of(model, stage, 0, 1), p.tensor) if copied else 0.0,
         "activations": _passing_bytes(model, stage, rows * (model.seq_len - stage.options["max_tokens"])),
         "logits": SAMPLING_BYTES * rows * model.vocab,
     }

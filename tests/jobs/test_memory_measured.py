@@ -13,10 +13,12 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from jobs.nn.gpt import GPT
+from jobs.nn.rollout import Sampling, generate
 from jobs.pretrain import mean_loss
 from jobs.runtime import dist
 from jobs.runtime.mesh import place
 from orchestrator.memory import rank_bytes
+from orchestrator.phases import rollout_bytes
 from orchestrator.registry import find
 from orchestrator.spec import ModelSpec, ParallelPlan, StageSpec
 
@@ -53,7 +55,17 @@ TWO_RANKS = {
     "deepspeed zero 3": case("deepspeed", zero=3),
     "deepspeed pipeline 2": case("deepspeed", pipeline=2),
     "deepspeed pipeline 2, full recompute": case("deepspeed", pipeline=2, recompute="full"),
+    "deepspeed tensor 2": case("deepspeed", tensor=2),
+    "colossalai zero 0": case("colossalai"),
+    "colossalai zero 1": case("colossalai", zero=1),
+    "colossalai zero 2": case("colossalai", zero=2),
+    "colossalai pipeline 2": case("colossalai", pipeline=2),
+    "colossalai pipeline 2, interleave 2": case("colossalai", pipeline=2, interleave=2),
 }
+
+
+# prompt, response, how many at once
+ROLLOUTS = [(64, 64, 16), (64, 192, 32), (128, 128, 16)]
 
 
 def peaks(ranks, cases):
@@ -123,5 +135,18 @@ def test_two_ranks():
     errors = compare(TWO_RANKS, 2)
     for name in ("deepspeed zero 3", "fsdp zero 3", "fsdp zero 3, bf16"):
         assert abs(errors.pop((name, 0))) < 0.10, name  # what is gathered ahead depends on timing
-    assert len({name for name, _ in errors}) >= 12
+    assert len({name for name, _ in errors}) >= 18
     assert {key: e for key, e in errors.items() if abs(e) > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(("prompt", "response", "rows"), ROLLOUTS)
+def test_rollouts(prompt, response, rows):
+    model = replace(MODEL, seq_len=prompt + response)
+    gpt, sampling = GPT(model), Sampling(max_tokens=response)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p, record_function("STEP"):
+        generate(gpt, [[1] * prompt] * rows, sampling, end=0, seed=1)
+    is_now = _most(p.profiler.kineto_results.events(), 0)
+    options = {"rollout_batch": rows, "max_tokens": response}
+    stage = StageSpec(kind="ppo", engine="deepspeed", precision="fp32", options=options)
+    was = sum(rollout_bytes(model, stage).values())
+    assert abs(was / is_now - 1) <= TOLERANCE, (was, is_now)
