@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import TrackingError
 from orchestrator.run import Run, list_runs, read_json
-from orchestrator.store import mask, tracking_uri
+from orchestrator.store import connect, mask, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -126,6 +126,9 @@ def serve(root: Path, uri: str | None = None, port: int = 5000) -> Iterator[str]
     port = _free_port(port)
     base = f"http://127.0.0.1:{port}"
     root.mkdir(parents=True, exist_ok=True)
+    if store.startswith("sqlite:"):
+        with connect(store):  # else the server makes the tables, beside a submit that does
+            pass
     log = root / "mlflow-server.log"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--default-artifact-root", (root.resolve() / "mlartifacts").as_uri()]

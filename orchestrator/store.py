@@ -1,8 +1,10 @@
 """Where MLflow is, how to reach it, and what it knows of a run."""
 
+import fcntl
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -82,10 +84,33 @@ def connect(uri: str) -> "Iterator[MlflowClient]":
         raise TrackingError(f"no MLflow at `{mask(uri)}`: {mask(str(e))}", hint=hint) from e
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
+        if uri.startswith("sqlite:///"):
+            make_database(Path(uri.removeprefix("sqlite:///")))
         yield MlflowClient(uri)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as e:  # ImportError: of an artifact store's library
         reason = mask(str(e)).strip().partition("\n")[0]
         raise TrackingError(f"MLflow at `{mask(uri)}`: {reason}", hint=hint) from e
+
+
+def make_database(path: Path) -> None:
+    """Have MLflow make its tables in ``path``, unless it is there: by one process at a time, and all of them or none.
+
+    Two that do it at once, or one that is killed meanwhile, leave tables that no later start can go on from
+    ("table _alembic_tmp_tags already exists", seen in 3.17.2).
+    """
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        for left in path.parent.glob(f".{path.name}.*.new"):
+            left.unlink()
+        made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # MlflowClient keeps each it has opened
+        MlflowClient(f"sqlite:///{made}")
+        made.replace(path)
 
 
 def _knock(uri: str) -> None:

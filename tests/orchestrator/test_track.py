@@ -287,10 +287,45 @@ def test_the_data_set_shows_as_input(tmp_path):
     assert len(inputs({"tokenizer_sha256": "c" * 64})) == 2
 
 
+@pytest.mark.slow
+def test_a_new_store_is_made_by_one_process_and_whole_or_not_at_all(tmp_path):
+    (tmp_path / ".mlflow.db.0.new").write_bytes(b"SQLite format 3\0 and then it was killed")
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.store import connect, tracking_uri\n"
+        "with connect(tracking_uri(Path(sys.argv[1]), None)) as client: client.create_experiment(sys.argv[2])\n"
+    )
+    names = ["a", "b", "c"]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True) for name in names]
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], told
+    with connect(tracking_uri(tmp_path, None)) as client:
+        assert {e.name for e in client.search_experiments()} == {"Default", *names}
+    assert not list(tmp_path.glob("*.new"))
+
+
 # --- the forwarder, killed, and a server that comes and goes ---------------------------------------
 
 
 @pytest.mark.slow
+def test_attempts_are_read_again_only_when_one_was_replaced(tmp_path):
+    """The forwarder looks five times a second, on a file system that a thousand ranks share."""
+    run = make_chain(tmp_path)[0]
+    attempt, attempts = start(run), track._attempts_of(run)
+    assert [a.name for a in attempts()] == ["1"]
+    os.utime(run.folder / "attempts", (1.0, 1.0))  # long ago
+    read = attempts()
+    assert attempts() is read
+    attempt.cause = "done"
+    run.save_attempt(attempt)
+    assert [a.cause for a in attempts()] == ["done"]
+    os.utime(run.folder / "attempts", (1.0, 1.0))
+    read = attempts()
+    attempt.next = "stop"
+    run.save_end(attempt)
+    assert attempts() is not read and attempts()[0].next == "stop"
+
+
 def test_killing_the_forwarder_loses_and_doubles_nothing(tmp_path):
     run = make_chain(tmp_path)[0]
     attempt = start(run)
