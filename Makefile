@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help install demo test test-local test-fast test-slurm test-parity lint format bench browser slurm clean
+.PHONY: help install demo study test test-local test-fast test-slurm test-parity lint format bench browser slurm clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,8 +22,12 @@ $(VENV)/installed: pyproject.toml constraints.txt constraints-colossalai.txt
 	$(BIN)/pip install -q --no-deps -r constraints-colossalai.txt
 	@touch $@
 
-demo: install  ## Prepare a real corpus, train on two local ranks, beat a bigram model
-	$(BIN)/orch submit configs/demo.yaml
+demo: install  ## The road to ChatGPT on two local ranks: pretraining, fine-tuning, a reward model, PPO
+	$(BIN)/orch submit configs/chatgpt-demo.yaml --launcher local
+	$(BIN)/python benchmarks/study.py --of runs/chatgpt-demo
+
+study: install  ## The same for three seeds: what each stage learns, and how sure that is
+	$(BIN)/python benchmarks/study.py
 
 test: test-slurm test-local  ## Every test but those of test-parity
 

@@ -7,7 +7,8 @@ ending in `.gz` are read from end to end.
 
 `builtin:functions` are the functions of jobs/data/functions.py whose files are not held out, a document for each.
 `builtin:python` is text that every machine has: the standard library of this Python without its tests, a
-document for each module, and the language reference that `help()` shows, a document for each topic.
+document for each module, and the language reference that `help()` shows, a document for each topic. In
+`builtin:python-train` the modules are missing whose functions are held out.
 """
 
 import glob
@@ -27,7 +28,7 @@ from orchestrator.spec import SourceSpec
 
 PART = 2 << 20  # bytes
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")
-BUILTIN = ["builtin:python", "builtin:functions"]
+BUILTIN = ["builtin:python", "builtin:python-train", "builtin:functions"]
 NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 
 
@@ -110,6 +111,8 @@ def _builtin(name: str, entry: str) -> list[Part]:
         return [Part(path=str(functions.__file__), start=0, stop=size, kind="functions")]
     root = Path(sysconfig.get_path("stdlib"))
     modules = [f for f in root.rglob("*.py") if not NOT_TEXT.intersection(f.relative_to(root).parts)]
+    if entry == "builtin:python-train":
+        modules = [f for f in modules if functions.split_of(f.relative_to(root)) == "train"]
     topics = root / "pydoc_data" / "topics.py"
     if not modules or not topics.is_file():
         raise DataError(
