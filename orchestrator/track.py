@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import dashboard, logbook
 from orchestrator.enroll import enroll, log_inputs, register
 from orchestrator.errors import LaunchError, TrackingError
-from orchestrator.run import Run, State, read_metrics, write_json
+from orchestrator.run import Attempt, Run, State, read_metrics, write_json
 from orchestrator.store import MAX_METRICS, Sent, connect, mask, tracking_uri
 from orchestrator.system import Sampler
 
@@ -45,6 +45,7 @@ HEARTBEAT_S = 1.0
 SYSTEM_S = 10.0
 POLL_S = 1.0  # how often the forwarder looks for new lines
 PATIENCE_S = 15.0  # the longest pause between two attempts to reach MLflow
+SETTLED_S = 2.0  # a folder's time of change is coarse: two changes soon after each other may have the same
 FAREWELL_S = 15.0  # how long a forwarder tries after the end of its job
 LOCK_S = 90.0  # more than one slow call to MLflow takes
 NOTE, MAX_NOTE = "mlflow.note.content", 5000  # MLflow's tag of a run's description; of at most 8000 characters
@@ -379,14 +380,16 @@ def _send_logbook(client: "MlflowClient", run: Run) -> None:
 def follow(run: Run, parent: int | None = None, since: float = 0.0) -> None:
     """Forward lines until the job is over: ``parent`` is dead, or an attempt has ended after ``since``."""
 
+    attempts = _attempts_of(run)
+
     def over() -> bool:
-        ended = any((a.ended_at or 0.0) > since for a in run.attempts())
+        ended = any((a.ended_at or 0.0) > since for a in attempts())
         return ended or (parent is not None and os.getppid() != parent)
 
     mine, pause_s, deadline = "", POLL_S, 0.0
     while True:
         ending = over()  # asked first: whatever was written before the end is read below
-        newest = next((a.name for a in reversed(run.attempts())), "")
+        newest = next((a.name for a in reversed(attempts())), "")
         if ending:
             deadline = deadline or time.monotonic() + FAREWELL_S
         else:
@@ -394,7 +397,7 @@ def follow(run: Run, parent: int | None = None, since: float = 0.0) -> None:
         # Where another attempt has taken over, the status is its forwarder's to set.
         alive = not ending if mine in ("", newest) else None
         try:
-            if ending or _has_news(run):
+            if ending or _has_news(run, attempts()):
                 lines = _bring_up_to_date(run, alive=alive)
                 log.info("%d lines sent", lines)
             if ending:
@@ -411,11 +414,25 @@ def follow(run: Run, parent: int | None = None, since: float = 0.0) -> None:
             time.sleep(0.2)
 
 
-def _has_news(run: Run) -> bool:
+def _attempts_of(run: Run) -> Callable[[], list[Attempt]]:
+    """What gives the attempts of ``run``, and reads them again once one of their files was replaced."""
+    folders, stamp, attempts = [run.folder / name for name in ("attempts", "ends")], [-1], list[Attempt]()
+
+    def read() -> list[Attempt]:
+        nonlocal stamp, attempts
+        now = [folder.stat().st_mtime_ns if folder.exists() else 0 for folder in folders]
+        if now != stamp or time.time() - max(now) / 1e9 < SETTLED_S:
+            stamp, attempts = now, run.attempts()
+        return attempts
+
+    return read
+
+
+def _has_news(run: Run, attempts: Sequence[Attempt]) -> bool:
     """Whether MLflow lacks a line or the status of this run, which is alive."""
     sent, metrics = Sent.load(run), run.folder / "metrics.jsonl"
     behind = metrics.exists() and metrics.stat().st_size > sent.offset
-    return behind or sent.status != STATUS[run.state(alive=True)]
+    return behind or sent.status != STATUS[run.state(alive=True, attempts=attempts)]
 
 
 def main(folder: str, parent: str | None = None, since: str = "0") -> None:

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.runtime import beat
+from jobs.runtime.commands import AWAY_S, OVER, requeued, seconds, slurm
 from jobs.runtime.faults import attempt_name, is_current
 from orchestrator import recover, track
 from orchestrator.recover import Decision, Evidence
@@ -40,20 +40,11 @@ from orchestrator.watch import Frozen, Patience, Watch
 
 log = logging.getLogger("warden")
 
-COMMAND_S = 60  # for one Slurm command
-AWAY_S = 600.0  # for a controller that is being restarted or upgraded; commands give up on it after some seconds
-AWAY_POLL_S = 5.0
-AWAY = re.compile(r"contact|connect|timed out|transmitted|standby", re.IGNORECASE)  # what its commands say then
 KNOWN_S = 60.0  # for a new run.json to be seen from here; NFS may show the old one as long (acdirmax)
 POLL_S = 0.25
 STALL_S = 10.0  # longer this process does not stand still by itself
 STACKS_S = 3.0  # for the ranks to write where they hang
 KILLED_S = 90.0  # for Slurm to kill them; a process that hangs in the kernel may resist
-# JobState of a job that Slurm ends or has ended (man squeue); others, such as SIGNALING or STOPPED, say no such thing.
-OVER = frozenset(
-    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
-    | {"PREEMPTED", "REVOKED", "TIMEOUT"}
-)
 FAREWELL_S = 60.0  # for the forwarder, which gives up by itself 15 s after it has read the last line
 
 
@@ -178,15 +169,15 @@ class Warden:
         record.next, record.culprits = decision.next, list(decision.nodes)
         self.run.save_end(record, draft=True)
         if evidence.told == "over" and decision.next == "requeue":  # the time is up
-            _slurm("scontrol", "requeue", self.job_id)
+            slurm("scontrol", "requeue", self.job_id)
 
     def _end_step(self, srun: subprocess.Popen[str]) -> None:
         """Let every rank that can write where it is into its log, then end them all."""
-        _, listed = _slurm("squeue", "--noheader", "--steps", f"--jobs={self.job_id}", "--format=%i")
+        _, listed = slurm("squeue", "--noheader", "--steps", f"--jobs={self.job_id}", "--format=%i")
         steps = [step for step in listed.split() if step.rpartition(".")[2].isdigit()]
         for number in ("QUIT", "KILL"):
             for step in steps:
-                _slurm("scancel", f"--signal={number}", step)
+                slurm("scancel", f"--signal={number}", step)
             with suppress(subprocess.TimeoutExpired):
                 srun.wait(STACKS_S if number == "QUIT" else KILLED_S)
         srun.kill()
@@ -200,12 +191,12 @@ class Warden:
         left = recover.exits(self.said)
         node_of |= {x.ranks[0]: x.node for x in left if len(x.ranks) == 1 and x.ranks[0] not in node_of}
         over = job["JobState"] in OVER if job else self.told
-        limit_s, ran_s = _seconds(job.get("TimeLimit", "")), _seconds(job.get("RunTime", ""))
+        limit_s, ran_s = seconds(job.get("TimeLimit", "")), seconds(job.get("RunTime", ""))
         return Evidence(
             world=self.world,
             noted=record.cause,
             note=record.note,
-            told="requeued" if _requeued(job) else "over" if over else "",
+            told="requeued" if requeued(job) else "over" if over else "",
             time_is_up=limit_s is not None and ran_s is not None and ran_s >= limit_s - 2,
             preempting=job.get("PreemptTime", "None") not in ("None", "Unknown"),
             frozen=frozen,
@@ -236,7 +227,7 @@ class Warden:
 
     def _job(self, wait_s: float = 0.0) -> dict[str, str]:
         """What Slurm says of the job, by its own keys; nothing where it does not answer."""
-        status, said = _slurm("scontrol", "show", "job", self.job_id, wait_s=wait_s)
+        status, said = slurm("scontrol", "show", "job", self.job_id, wait_s=wait_s)
         pairs = (word.partition("=") for word in said.split()) if status == 0 else ()
         return {key: value for key, _, value in reversed([*pairs])}  # of two, the first
 
@@ -255,14 +246,14 @@ class Warden:
                     self._forwarder.wait(FAREWELL_S)
             return 0 if decision.cause == "done" else 1
 
-        status, said = (0, "") if _requeued(job) else _slurm("scontrol", "requeue", self.job_id, wait_s=AWAY_S)
-        if status and not _requeued(self._job()):
+        status, said = (0, "") if requeued(job) else slurm("scontrol", "requeue", self.job_id, wait_s=AWAY_S)
+        if status and not requeued(self._job()):
             self._save_end(**end, next="stop", note=f"{note}; not requeued: {said}", excluded=before)
             return 1
         if self._forwarder:
             self._forwarder.kill()
         if excluded != before:
-            status, said = _slurm("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={exclude}")
+            status, said = slurm("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={exclude}")
             if status:
                 self._save_end(**end, next="requeue", note=f"{note}; not excluded: {said}", excluded=before)
         return 0
@@ -278,9 +269,9 @@ class Warden:
         if not (job and wanted):  # without Slurm's word, those excluded so far are not known
             return before, "", ""
         listed = job.get("ExcNodeList", "(null)").replace("(null)", "")
-        names = _slurm("scontrol", "show", "hostnames", listed)[1].split() if listed else []
+        names = slurm("scontrol", "show", "hostnames", listed)[1].split() if listed else []  # asks no controller
         others = [node for node in names if node not in before]  # the user's, and a preflight's
-        silent, nodes = _slurm("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N|%T")
+        silent, nodes = slurm("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N|%T")
         up = recover.usable(nodes, reserved="SLURM_JOB_RESERVATION" in os.environ).difference(others)
         needed = int(os.environ["SLURM_JOB_NUM_NODES"])
         kept = wanted if silent else recover.affordable(wanted, up, needed)
@@ -298,7 +289,7 @@ class Warden:
     def _needs(self, nodes: str) -> str:
         """Why the job cannot do without ``nodes``, or nothing: Slurm is asked whether it could run it then."""
         script = next(self.run.folder.glob(f"submitit/{self.name.partition('r')[0]}/*_submission.sh"), None)
-        status, said = _slurm("sbatch", "--test-only", f"--exclude={nodes}", str(script))
+        status, said = slurm("sbatch", "--test-only", f"--exclude={nodes}", str(script))
         return "" if status == 0 else f"without {nodes}: {said or 'no answer'}"
 
     def _save_end(self, **changes: object) -> None:
@@ -307,49 +298,6 @@ class Warden:
         for key, value in changes.items():
             setattr(record, key, value)
         self.run.save_end(record)
-
-
-def _requeued(job: Mapping[str, str]) -> bool:
-    """Whether ``job`` goes back into the queue already: Slurm counts the next start as soon as it is decided."""
-    return int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
-def _slurm(*command: str, wait_s: float = 0.0) -> tuple[int, str]:
-    """Exit status and words of a Slurm command; asked again while the controller is away, for ``wait_s`` seconds."""
-    deadline = time.monotonic() + wait_s
-    while True:
-        status, said = _call(command)
-        if status == 0 or not AWAY.search(said) or time.monotonic() >= deadline:
-            return status, said
-        time.sleep(AWAY_POLL_S)
-
-
-def _call(command: Sequence[str]) -> tuple[int, str]:
-    """SIGTERM, which Slurm sends to all processes here, does not end it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # inherited
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        log.warning("%s", e)
-        return 1, str(e)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    said = " ".join((done.stdout if done.returncode == 0 else done.stderr or done.stdout).split())
-    if done.returncode:
-        log.warning("`%s`: %s", " ".join(command), said)
-    return done.returncode, said
-
-
-def _seconds(text: str) -> int | None:
-    """`1-00:30:00` as seconds; None for what is no time, such as `UNLIMITED`."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in [*parts, days or "0"]):
-        return None
-    seconds = 0
-    for part in parts:
-        seconds = 60 * seconds + int(part)
-    return int(days or 0) * 86400 + seconds
 
 
 def _known(folder: Path, job_id: str) -> Run:

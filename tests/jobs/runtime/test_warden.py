@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.runtime import warden
+from jobs.runtime import commands, warden
 from orchestrator.run import Run, Submission
 
 
@@ -31,7 +31,7 @@ def test_a_job_whose_run_was_resumed_by_another_leaves_at_once(run, monkeypatch)
     [("00:10:05", 605), ("1-00:30:00", 88200), ("05:00", 300), ("UNLIMITED", None), ("Partition_Limit", None)],
 )
 def test_times_of_slurm(text, seconds):
-    assert warden._seconds(text) == seconds
+    assert commands.seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ def test_times_of_slurm(text, seconds):
     ],
 )
 def test_only_a_controller_that_is_away_is_asked_again(said, away):
-    assert bool(warden.AWAY.search(said)) == away
+    assert bool(commands.AWAY.search(said)) == away
