@@ -55,7 +55,6 @@ TWO_RANKS = {
     "deepspeed zero 3": case("deepspeed", zero=3),
     "deepspeed pipeline 2": case("deepspeed", pipeline=2),
     "deepspeed pipeline 2, full recompute": case("deepspeed", pipeline=2, recompute="full"),
-    "deepspeed tensor 2": case("deepspeed", tensor=2),
     "colossalai zero 0": case("colossalai"),
     "colossalai zero 1": case("colossalai", zero=1),
     "colossalai zero 2": case("colossalai", zero=2),
@@ -133,9 +132,8 @@ def compare(cases, world):
 
 def test_two_ranks():
     errors = compare(TWO_RANKS, 2)
-    for name in ("deepspeed zero 3", "fsdp zero 3", "fsdp zero 3, bf16"):
-        assert abs(errors.pop((name, 0))) < 0.10, name  # what is gathered ahead depends on timing
-    assert len({name for name, _ in errors}) >= 18
+    assert abs(errors.pop(("deepspeed zero 3", 0))) < 0.10  # what is gathered ahead depends on timing
+    assert len({name for name, _ in errors}) >= 19
     assert {key: e for key, e in errors.items() if abs(e) > TOLERANCE} == {}
 
 

@@ -1,14 +1,16 @@
 """PPO and DPO by hand-computed sums, and against what InstructGPT took."""
 
+import statistics
 from dataclasses import replace
 from typing import Any
 
+import published
 import pytest
 
 from orchestrator.checks import check
 from orchestrator.compose import compose
 from orchestrator.hardware import chip
-from orchestrator.phases import frozen_models, iteration, phase_bytes, rollout_s
+from orchestrator.phases import forward_s, frozen_models, iteration, phase_bytes, rollout_s
 from orchestrator.plan import estimate, plan
 from orchestrator.search import search
 from orchestrator.spec import ClusterSpec, ModelSpec, ParallelPlan, StageSpec
@@ -105,6 +107,24 @@ def test_actor_and_critic_learn_in_turn() -> None:
     assert done.optimizer_s == pytest.approx(2 * 3 * 2 * minibatch.optimizer_s)
     mixed = iteration(MODEL, stage(options={"ptx_coef": 27.8}), A100, 8, 16, Software())
     assert mixed.compute_s == pytest.approx(done.compute_s * (1 + 8 + 1) / 2)
+
+
+def test_deepspeed_chat_took_somewhat_longer() -> None:
+    # Its README, tables 1 and 2, step 3: hours for 264,292 samples of 256 + 256 tokens; 16 a GPU as in its scripts
+    layers = {4096: 32, 5120: 40, 7168: 48, 9216: 64, 12288: 96}  # OPT 6.7B, 13B, 30B, 66B, 175B; heads 128 wide
+    errors = []
+    for hidden, gpus, hours in [
+        (4096, 8, 4.1), (5120, 8, 9), (7168, 8, 18), (9216, 8, 50.4), (5120, 64, 1.25), (7168, 64, 4), (9216, 64, 7.5),
+        (12288, 64, 20),
+    ]:  # fmt: skip
+        model = ModelSpec(layers=layers[hidden], hidden=hidden, heads=hidden // 128, vocab=50272, seq_len=512)
+        s = stage(options={"max_tokens": 256, "rollout_batch": 16}, zero=3, micro_batch=16, recompute="full")
+        software, c = Software(), chip(published.A100)
+        one = rollout_s(model, s, c, gpus, 16, software) + step(model, s, c, gpus, 1, software).total_s
+        one += 2 * forward_s(model, s, c, gpus, 1, software)  # actor and reference; critic and reward model have 350M
+        errors.append(one * 264_292 / (16 * gpus) / 3600 / hours - 1)
+    assert all(-0.4 < e < 0 for e in errors), errors
+    assert statistics.median(errors) > -0.22
 
 
 def test_flops_are_those_of_instructgpt() -> None:
