@@ -150,8 +150,9 @@ def test_every_setting_that_passes_was_held_against_plain_pytorch():
 def test_bf16_stays_near_fp32(reference):
     cases = {name: (_stage(*case, precision="bf16"), MODEL) for name, case in (TORCH | DEEPSPEED).items()}
     for losses, _, _ in run_ranks(_parity, 2, cases)[0].values():
-        for (loss, _), (wanted, _) in zip(losses, reference, strict=True):
-            assert loss == pytest.approx(wanted, abs=2e-2)
+        for (loss, norm), (wanted, wanted_norm) in zip(losses, reference, strict=True):
+            assert loss == pytest.approx(wanted, abs=1e-3)  # measured: 3.1e-4
+            assert norm == pytest.approx(wanted_norm, rel=6e-3)  # measured: 2e-3
         assert losses != reference, "this was fp32"
 
 

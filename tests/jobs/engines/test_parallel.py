@@ -317,7 +317,7 @@ def test_ramp_and_resume_with_dropout(tmp_path):
     results = run_ranks(changing, 4, tmp_path, CHANGING, timeout_s=900)
     for name, stage in CHANGING.items():
         ramp, unbroken, resumed, _, recomputed, kept = results[0][name]
-        tolerance = 3e-2 if stage.precision == "bf16" else 1e-5
+        tolerance = 2e-3 if stage.precision == "bf16" else 1e-5  # measured: 5.6e-4
         for (loss, norm), (wanted_loss, wanted_norm) in zip(ramp, wanted, strict=True):
             assert loss == pytest.approx(wanted_loss, abs=tolerance), name
             assert norm == pytest.approx(wanted_norm, rel=10 * tolerance), name
