@@ -209,11 +209,22 @@ def draw_loss(run: Run) -> Path | None:
 
     Left alone where it is newer than the metrics; None where there is no loss to draw.
     """
-    path, metrics = run.folder / "loss-curve.png", run.folder / "metrics.jsonl"
+    kind = run.spec().stages[run.stage].kind
+    label = "cross-entropy (nats per token)" if kind in ("pretrain", "sft") else "loss"
+    return _draw(run, "loss-curve.png", ("train/loss", "val/loss"), label, baselines=kind == "pretrain")
+
+
+def draw_reward(run: Run) -> Path | None:
+    """Draw ``reward-curve.png`` of a policy, as ``draw_loss`` does."""
+    return _draw(run, "reward-curve.png", ("train/reward", "val/reward"), "reward")
+
+
+def _draw(run: Run, name: str, keys: tuple[str, str], label: str, *, baselines: bool = False) -> Path | None:
+    path, metrics = run.folder / name, run.folder / "metrics.jsonl"
     if path.exists() and metrics.exists() and path.stat().st_mtime_ns >= metrics.stat().st_mtime_ns:
         return path
     lines = run.metrics().values()
-    curves = {key: [(x["tokens"], x[key]) for x in lines if key in x] for key in ("train/loss", "val/loss")}
+    curves = {key: [(x["tokens"], x[key]) for x in lines if key in x] for key in keys}
     if not any(curves.values()):
         return None
     from matplotlib.figure import Figure
@@ -222,13 +233,11 @@ def draw_loss(run: Run) -> Path | None:
     axes = figure.subplots()
     for key, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), label=key, marker="o" if key == "val/loss" else "", ms=4, lw=1)
-    spec = run.spec()
-    text = spec.stages[run.stage].kind == "pretrain"  # what n-gram models are fitted on
-    baselines = dataset(spec.data.folder).get("baselines", {}) if text else {}
-    for i, (name, loss) in enumerate(sorted(baselines.items())):
-        axes.axhline(loss, ls="--", lw=1, color=f"C{i + 2}", label=f"{name} {loss:.2f}")
-    axes.set(xlabel="tokens", ylabel="cross-entropy (nats per token)", title=run.name)
+            axes.plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("val/") else "", ms=4, lw=1)
+    known = dataset(run.spec().data.folder).get("baselines", {}) if baselines else {}
+    for i, (model, loss) in enumerate(sorted(known.items())):
+        axes.axhline(loss, ls="--", lw=1, color=f"C{i + 2}", label=f"{model} {loss:.2f}")
+    axes.set(xlabel="tokens", ylabel=label, title=run.name)
     return _print(figure, path)
 
 

@@ -11,7 +11,7 @@ Every file has one writer, and is replaced at once, so that a reader never sees 
     heartbeat.json  metrics.jsonl   rank 0, as it trains
     tracking.json                   whoever holds the tracking lock: MLflow ids, what was sent
     logs/<attempt>-<rank>.log       each rank; the forwarder's and the supervisor's beside them
-    loss-curve.png calibration.png  the forwarder, at the end
+    loss-curve.png, other pictures  the forwarder, at the end
     reward.json                     rank 0 of a stage `reward`, at the end
     samples/step-0000010.jsonl      rank 0 of a stage that writes text, as it trains
     submitit/<submission>/          the local launcher and submitit

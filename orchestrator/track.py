@@ -49,7 +49,7 @@ SETTLED_S = 2.0  # a folder's time of change is coarse: two changes soon after e
 FAREWELL_S = 15.0  # how long a forwarder tries after the end of its job
 LOCK_S = 90.0  # more than one slow call to MLflow takes
 NOTE, MAX_NOTE = "mlflow.note.content", 5000  # MLflow's tag of a run's description; of at most 8000 characters
-FILES = ("spec.yaml", "plan.json", "plan.html", "loss-curve.png", "calibration.png")  # of the run folder
+FILES = ("spec.yaml", "plan.json", "plan.html", "loss-curve.png", "reward-curve.png", "calibration.png")
 SAMPLES, TABLES = "samples.json", "mlflow.loggedArtifacts"  # an artifact; MLflow's tag of the tables among them
 MAX_ROWS = 2000  # of samples in the table; older ones are in the run folder
 HEAD = ("step", "time", "attempt", "tokens")  # of a line; the rest are metrics
@@ -223,6 +223,7 @@ def _bring_up_to_date(run: Run, *, alive: bool | None) -> int:
     if alive:
         return lines
     dashboard.draw_loss(run)
+    dashboard.draw_reward(run)
     dashboard.draw_calibration(run)
     with connect(uri) as client:
         _send_files(client, run)

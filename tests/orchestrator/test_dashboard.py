@@ -77,6 +77,18 @@ def test_the_loss_curve_is_drawn_with_its_baselines(tmp_path):
     assert dashboard.draw_loss(run).read_bytes() != plain
 
 
+def test_the_reward_of_a_policy_is_drawn_beside_its_loss(tmp_path):
+    run = make_chain(tmp_path)[1]
+    lines = track.Metrics(run, "1")
+    lines.log(1, {"train/loss": 0.5}, tokens=1000)
+    assert dashboard.draw_reward(run) is None
+    lines.log(2, {"train/loss": 0.4, "train/reward": -0.5, "val/reward": -0.25}, tokens=2000)
+    lines.close()
+    picture = dashboard.draw_reward(run)
+    assert picture.name == "reward-curve.png" and picture.read_bytes().startswith(b"\x89PNG")
+    assert dashboard.draw_loss(run).read_bytes() != picture.read_bytes()
+
+
 def test_how_sure_a_reward_model_is_becomes_a_picture(tmp_path):
     run = make_chain(tmp_path)[0]
     assert dashboard.draw_calibration(run) is None
