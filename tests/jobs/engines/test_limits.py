@@ -18,7 +18,7 @@ REFUSED = {
     "torch chunks": (stage_of("torch", interleave=2), "has no pipeline"),
     "torch compile": (replace(stage_of("torch", tensor=2), compile=True), "torch.compile"),
     "torch sequence": (stage_of("torch", sequence=True), "cuts over tensor ranks"),
-    "torch scores": (replace(stage_of("torch", tensor=2, sequence=True), kind="reward"), "score their own tokens"),
+    "torch scores": (replace(stage_of("torch", tensor=2, sequence=True), kind="reward"), "their own tokens alone"),
     "zero2 in a pipeline": (stage_of("deepspeed", pipeline=2, zero=2), "whole gradients and weights"),
     "zero3 in a pipeline": (stage_of("deepspeed", pipeline=2, zero=3), "whole gradients and weights"),
     "bf16 pipeline": (stage_of("deepspeed", pipeline=2, precision="bf16"), "does not resume bit for bit"),
@@ -28,7 +28,7 @@ REFUSED = {
     "compile over tensor": (replace(stage_of("deepspeed", tensor=2), compile=True), "torch.compile"),
     "sequence": (stage_of("deepspeed", sequence=True, zero=1), "cuts over tensor ranks"),
     "chunks": (stage_of("deepspeed", interleave=2), "one chunk a rank"),
-    "scores": (replace(stage_of("deepspeed", tensor=2, sequence=True), kind="reward"), "score their own tokens"),
+    "scores": (replace(stage_of("deepspeed", tensor=2, sequence=True), kind="reward"), "their own tokens alone"),
     "offload without shards": (stage_of("deepspeed", offload="optimizer"), "offload comes with ZeRO's shards"),
     "offload of whole weights": (stage_of("deepspeed", zero=2, offload="all"), "only ZeRO-3 shards weights"),
     "torch ulysses": (stage_of("torch", ulysses=2), "no exchange of tokens for heads"),
@@ -37,6 +37,7 @@ REFUSED = {
     "ulysses compiled": (replace(stage_of("deepspeed", ulysses=2), compile=True), "keep the exchange inside a block"),
     "ulysses scores": (replace(stage_of("deepspeed", ulysses=2), kind="reward"), "equal for pretrain and sft alone"),
     "tuning in a pipeline": (replace(stage_of("deepspeed", pipeline=2), kind="sft"), "which text of a row"),
+    "sampling in a pipeline": (replace(stage_of("deepspeed", pipeline=2), kind="ppo"), "through all layers at once"),
 }
 
 
