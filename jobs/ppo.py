@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -41,8 +40,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job import Job
-from orchestrator.errors import DataError, TrainingError
-from orchestrator.run import read_json, write_atomic
+from orchestrator.errors import DataError
+from orchestrator.run import write_atomic
 from orchestrator.schedule import adam_eps
 
 if TYPE_CHECKING:
@@ -53,13 +52,12 @@ if TYPE_CHECKING:
     from jobs.data.packed import PackedDataset
     from jobs.data.prompts import Prompts, Rows
     from jobs.engines import Batch, Engine, StepResult
-    from jobs.nn.rollout import Rollout
+    from jobs.runtime.experience import Experience
     from jobs.runtime.loop import Taken
     from jobs.runtime.pieces import Part
     from jobs.runtime.resume import Position
 
 PER_GPU = True
-REWARD_FILE = "reward.json"  # of a stage `reward`
 HELD_OUT = 2**40  # number of the first held-out sample: no step draws as it does
 log = logging.getLogger(__name__)
 
@@ -117,61 +115,28 @@ def run(job: Job) -> dict[str, float]:
     return {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Experience:
-    """The answers to some prompts and all that is said of them, the same on every rank. B answers, R tokens of one."""
-
-    texts: list[str]
-    rows: Rows
-    sampled_BR: torch.Tensor  # log-probabilities when the tokens were drawn
-    entropy_BR: torch.Tensor
-    logp_BR: torch.Tensor  # log-probabilities to the actor as it trains
-    reference_BR: torch.Tensor
-    values_BR: torch.Tensor
-    judged: dict[str, torch.Tensor]  # (B,) each: `reward`, what it is made of, and `ended`
-
-    @property
-    def kl_B(self) -> torch.Tensor:
-        """How far each response is from the reference, in nats."""
-        return ((self.logp_BR - self.reference_BR) * self.rows.mask_BR).sum(1)
-
-    def facts(self) -> dict[str, float]:
-        """The metrics that need nothing else."""
-        tokens, mask_BR = self.rows.mask_BR.sum().item(), self.rows.mask_BR
-        return {
-            **{name: value_B.mean().item() for name, value_B in self.judged.items()},
-            "kl": self.kl_B.mean().item(),
-            "entropy": (self.entropy_BR * mask_BR).sum().item() / tokens,
-            "length": tokens / len(self.texts),
-            "distinct": sum(self.texts.count(text) == 1 for text in self.texts) / len(self.texts),
-            "logp_gap": ((self.sampled_BR - self.logp_BR).abs() * mask_BR).sum().item() / tokens,
-        }
-
-
 class PPO:
     """What the loop drives."""
 
     def __init__(self, job: Job, chat: Chat, train: Prompts, held_out: Prompts) -> None:
-        from jobs.data import rules
         from jobs.nn.gpt import GPT
         from jobs.nn.heads import Scorer
         from jobs.runtime import start
         from jobs.runtime.ema import Average
+        from jobs.runtime.experience import Collector, short
         from jobs.runtime.gates import Gates
 
         o, policy, tokenizer = job.options, str(job.stage.init_from), chat.tokenizer_sha256
         self.job, self.stage, self.o, self.chat, self.train, self.held_out = job, job.stage, o, chat, train, held_out
-        self.rules = {name: rules.load(name) for name in o.rules}
-        self.mean, self.std = reward_facts(job, chat) if o.reward else (0.0, 1.0)
         self.actor = start.build(job, GPT, self._policy_loss)
         self.critic = start.build(job, Scorer, self._value_loss)
-        self.reference = start.frozen(job, GPT, policy, tokenizer)
-        self.reward = start.frozen(job, Scorer, o.reward, tokenizer) if o.reward else None
-        self.actor.module.temperature = self.reference.module.temperature = o.temperature
+        reference = start.frozen(job, GPT, policy, tokenizer)
+        self.actor.module.temperature = reference.module.temperature = o.temperature
+        self.ask = Collector(job, chat, actor=self.actor, critic=self.critic, reference=reference)
         self.average = Average(self.actor, o.ema)
         self.parts: Mapping[str, Part] = {"": self.actor, "critic": self.critic, "ema": self.average}
         self.more: dict[str, Any] = {"kl_coef": o.kl_coef}
-        watched = [f"rule/{_short(name)}" for name, coefficient in o.rules.items() if not coefficient]
+        watched = [f"rule/{short(name)}" for name, coefficient in o.rules.items() if not coefficient]
         self.gates = Gates(o, self.more, watched, evidence=job.run.folder / "samples")
         self.text = pretraining_text(job) if o.ptx_coef else None
         self.sums: dict[str, float] = defaultdict(float)  # over this rank's micro-batches of a step
@@ -185,10 +150,10 @@ class PPO:
         load_weights(self.job, self.actor, policy, tokenizer)
         self.average.restart()
         load_weights(self.job, self.critic, self.o.reward or policy, tokenizer)
-        unit = self.o.reward_coef / self.std if self.reward else 0.0
+        unit = self.o.reward_coef / self.ask.std if self.o.reward else 0.0
         for piece in self.critic.pieces():
             if piece.slot == "weight" and piece.name.startswith("score."):
-                piece.data.detach().sub_(self.mean if piece.name == "score.bias" else 0.0).mul_(unit)
+                piece.data.detach().sub_(self.ask.mean if piece.name == "score.bias" else 0.0).mul_(unit)
         self.critic.filled()
 
     def step(self, at: Position, size: int, lr: float) -> Taken | None:
@@ -199,11 +164,12 @@ class PPO:
         self.gates.check()
         began = time.perf_counter()
         prompts = self.train.take(at.samples, size)
-        answers = self._answers(prompts, at.samples, stoppable=True)
+        answers = self.ask.answers(prompts, at.samples, stoppable=True)
         if answers is None:
             return None
         rolled_out = time.perf_counter()
-        e, kl_coef, mask_BR = self._judged(prompts, answers), self.more["kl_coef"], answers.mask_BT
+        e, kl_coef = self.ask.judged(prompts, answers, values=True), self.more["kl_coef"]
+        mask_BR = e.rows.mask_BR
         rewards_BR = rl.token_rewards(e.judged["reward"], e.logp_BR, e.reference_BR, mask_BR, kl_coef)
         gain_BR = rl.advantages(rewards_BR, e.values_BR, mask_BR, gamma=self.o.gamma, lam=self.o.lam)
         learned = {
@@ -237,9 +203,9 @@ class PPO:
     def measure(self, at: Position, samples: int) -> dict[str, float]:
         """The same of held-out prompts; a few of the answers go to `samples/`."""
         prompts = self.held_out.take(0, min(samples, self.held_out.samples_per_epoch))
-        answers = self._answers(prompts, HELD_OUT)
+        answers = self.ask.answers(prompts, HELD_OUT)
         assert answers is not None, "it cannot be stopped"
-        e = self._judged(prompts, answers)
+        e = self.ask.judged(prompts, answers, values=False)
         if self.job.ranks.rank == 0:
             self._keep_samples(at.step, prompts, e)
         self.gates.evaluation(e.judged)
@@ -251,98 +217,6 @@ class PPO:
         from jobs.runtime.resume import PROBE_SAMPLES
 
         return evaluate(self.job, self.actor, self.held_out, PROBE_SAMPLES)
-
-    # Rollout and score: each data rank does its share of the rows, then every rank has them all.
-
-    def _answers(self, prompts: Sequence[Prompt], first: int, *, stoppable: bool = False) -> Rollout | None:
-        """Responses to ``prompts``, the samples from number ``first``; None where a rank was told to stop."""
-        from jobs.nn.rollout import Rollout, Sampling, generate
-        from jobs.runtime import dist
-
-        o, mine = self.o, self._mine(len(prompts), 1)
-        how = Sampling(max_tokens=o.max_tokens, top_k=o.top_k, top_p=o.top_p)  # the actor divides by the temperature
-        found: list[Rollout] = []
-        with self.actor.sampler() as model:
-            model.temperature = o.temperature
-            for turn in range(0, len(mine), o.rollout_batch):
-                self.job.mark("step")
-                if stoppable and dist.mean_and_any(0.0, bool(self.job.stop.cause))[1]:
-                    return None
-                asked = [prompts[i % len(prompts)].ids for i in mine[turn : turn + o.rollout_batch]]
-                number = first + mine[turn]
-                found.append(generate(model, asked, how, end=self.chat.end, seed=self.stage.seed, first=number))
-        fields = ("tokens_BT", "mask_BT", "logp_BT", "entropy_BT")
-        return Rollout(**{name: self._together([getattr(r, name) for r in found], len(prompts)) for name in fields})
-
-    def _judged(self, prompts: Sequence[Prompt], answers: Rollout) -> Experience:
-        """``answers`` with what all models and rules say of them."""
-        import torch
-
-        from jobs.data.prompts import Rows
-
-        responses = answers.responses()
-        rows = Rows.of([p.ids for p in prompts], responses, self.chat.end)
-        texts = [self.chat.text(r) for r in responses]
-        mine, micro = self._mine(len(prompts), self.stage.parallel.micro_batch), self.stage.parallel.micro_batch
-        found: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for turn in range(0, len(mine), micro):
-            self.job.mark("step")
-            numbers = [i % len(prompts) for i in mine[turn : turn + micro]]
-            part = rows.take(numbers)
-            batch = {"tokens": part.ids_BT[:, :-1], "targets": part.ids_BT[:, 1:]}
-            for name, model in (("logp", self.actor), ("reference", self.reference)):
-                found[name].append(-part.pick(model.forward(batch)))
-            found["values"].append(part.pick(self.critic.forward(batch)))
-            if self.reward:
-                raw_BT = self.reward.forward({"tokens": part.ids_BT}).cpu()
-                found["score"].append((raw_BT.gather(1, part.last_B[:, None])[:, 0] - self.mean) / self.std)
-            for name, rule in self.rules.items():
-                said = [rule(prompts[i].line["prompt"], texts[i], prompts[i].line) for i in numbers]
-                found[f"rule/{_short(name)}"].append(torch.tensor(said))
-        whole = {name: self._together(parts, len(prompts)) for name, parts in found.items()}
-        ended_B = torch.tensor([float(r[-1] == self.chat.end) for r in responses])
-        return Experience(
-            texts=texts,
-            rows=rows,
-            sampled_BR=answers.logp_BT[:, : rows.mask_BR.shape[1]],
-            entropy_BR=answers.entropy_BT[:, : rows.mask_BR.shape[1]],
-            logp_BR=whole.pop("logp"),
-            reference_BR=whole.pop("reference"),
-            values_BR=whole.pop("values"),
-            judged=self._reward(whole, ended_B, texts) | {"ended": ended_B},
-        )
-
-    def _reward(self, said: dict[str, torch.Tensor], ended_B: torch.Tensor, texts: Sequence[str]) -> dict[str, Any]:
-        """What is learned from, and what it is made of. Raises TrainingError where it is no number."""
-        reward_B = self.o.no_end_penalty * (ended_B - 1)
-        if "score" in said:
-            said["score"] = said["score"].clamp(-self.o.clip_reward, self.o.clip_reward)
-            reward_B = reward_B + self.o.reward_coef * said["score"]
-        for name, coefficient in self.o.rules.items():
-            reward_B = reward_B + coefficient * said[f"rule/{_short(name)}"]
-        for text, reward in zip(texts, reward_B.tolist(), strict=True):
-            if not math.isfinite(reward):
-                raise TrainingError(
-                    f"the reward of a response is {reward}: {text[:80]!r}",
-                    hint="look at the reward model; the last checkpoint is whole, and `orch resume` goes on from it",
-                )
-        return {"reward": reward_B, **said}
-
-    def _mine(self, count: int, each: int) -> list[int]:
-        """The rows of this data rank, in turns of ``each``, as many as any other's; behind ``count`` they repeat."""
-        place = self.job.place
-        share = -(-count // (place.data_size * each)) * each
-        return [*range(place.data * share, (place.data + 1) * share)]
-
-    def _together(self, mine: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-        """The rows of all data ranks, on every rank, on the CPU."""
-        import torch
-
-        from jobs.runtime import dist
-
-        rows = torch.cat([t.cpu() for t in mine]).numpy()
-        everyone = dist.gather(rows if self.job.place.tensor == 0 else None)
-        return torch.cat([torch.from_numpy(of_rank) for of_rank in everyone if of_rank is not None])[:count]
 
     # Update: minibatches of all rows, the same on every number of ranks; each data rank has its micro-batches of them.
 
@@ -456,40 +330,9 @@ class PPO:
         write_atomic(folder / f"step-{step:07d}.jsonl", "".join(lines))
 
 
-def reward_facts(job: Job, chat: Chat) -> tuple[float, float]:
-    """Mean and standard deviation of the reward model's scores of good responses.
-
-    Raises:
-        DataError: the model is not there, was trained with another tokenizer or template, or is too often wrong.
-    """
-    stage, gate = job.options.reward, job.options.min_reward_accuracy
-    path = job.run.root / job.run.experiment / stage / REWARD_FILE
-    if not path.exists():
-        raise DataError(f"no `{path}`", hint=f"run stage `{stage}`, of kind `reward`, to its end first")
-    facts = read_json(path)
-    if facts["template"] != chat.sha256:
-        raise DataError(
-            f"the reward model of `{path}` reads another tokenizer or chat template: {facts['template'][:12]} there, "
-            f"{chat.sha256[:12]} here",
-            hint=f"train stage `{stage}` again with this experiment's `data`",
-        )
-    if facts["accuracy"] < gate:
-        raise DataError(
-            f"the reward model of `{path}` is right on {facts['accuracy']:.3f} of held-out pairs, and "
-            f"`options.min_reward_accuracy` is {gate}",
-            hint="train it longer or on more pairs; a policy would learn its mistakes",
-        )
-    return facts["mean"], facts["std"] or 1.0
-
-
 def pretraining_text(job: Job) -> PackedDataset:
     """What `pretrain` learns from, to mix in."""
     from jobs.data.packed import PackedDataset
 
     model = job.experiment.model
     return PackedDataset.open(job.experiment.data, seq_len=model.seq_len, split="train", vocab=model.vocab)
-
-
-def _short(rule: str) -> str:
-    """`quality` of `jobs.data.functions:quality`."""
-    return rule.rpartition(":")[2]

@@ -535,10 +535,10 @@ def lineage(root: Path, run: str, as_json: bool) -> None:
     held-out data, and its MLflow run. Says what has changed since it was read. Needs no MLflow.
     """
     from orchestrator import lineage as made_of
-    from orchestrator import show
+    from orchestrator import show, submit
     from orchestrator.run import find_runs
 
-    found = made_of.of(find_runs(root, run)[-1])
+    found = made_of.of(find_runs(root, run)[-1], submit.state)
     if as_json:
         show.as_json(found.to_json())
     else:

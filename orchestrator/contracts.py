@@ -13,9 +13,8 @@ from typing import Any
 
 from orchestrator.checks import Problem
 from orchestrator.errors import DataError
-from orchestrator.lineage import SHORT, sha256
 from orchestrator.registry import did_you_mean, find
-from orchestrator.run import read_json
+from orchestrator.run import SHORT, file_sha256, read_json
 from orchestrator.spec import Experiment
 
 RULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -182,7 +181,7 @@ def _left_behind(experiment: Experiment, name: str, source: str, folder: Path) -
     differ = [(f"model.{k}", model.get(k), v) for k, v in here.items() if model.get(k) != v]
     tokenizer = _tokenizer(experiment)
     trained_with = there.get("tokenizer", "")
-    if tokenizer.is_file() and (given := sha256(tokenizer)) != trained_with:
+    if tokenizer.is_file() and (given := file_sha256(tokenizer)) != trained_with:
         differ.append((f"tokenizer ({tokenizer})", trained_with[:SHORT], given[:SHORT]))
     if hasattr(find("jobs", experiment.stages[source].kind).Options, "examples"):
         was, now = _chat(folder), asdict(experiment.data.chat)

@@ -93,7 +93,7 @@ def ready(experiment: Experiment) -> Iterator[Finding]:
     """The plan holds, and each stage finds its data, or has it made by one before it."""
     from orchestrator import inputs
     from orchestrator.plan import plan
-    from orchestrator.submit import in_order
+    from orchestrator.spec import in_order
 
     try:
         plan(experiment)

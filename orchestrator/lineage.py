@@ -4,19 +4,17 @@ Read from the run folders and the data folder alone; MLflow is not asked. What a
 noted when it started (``attempts/``), not what lies there now. Where that is something else, the tree says so.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from orchestrator.run import Checkpoint, Run, read_json
-from orchestrator.spec import Experiment
+from orchestrator.run import SHORT, Checkpoint, Run, State, file_sha256, read_json
+from orchestrator.spec import Experiment, in_order, waits_for
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-SHORT = 12  # characters of a hash on a terminal
 BUILTIN = "builtin:"
 
 
@@ -57,18 +55,14 @@ class Lineage:
         return asdict(self)
 
 
-def of(run: Run) -> Lineage:
-    """Where ``run`` comes from."""
-    from orchestrator.submit import in_order, waits_for
-
+def of(run: Run, state: Callable[[Run], State]) -> Lineage:
+    """Where ``run`` comes from; ``state`` says how a run stands."""
     experiment = run.spec()
     order, wanted = in_order(experiment), {run.stage}
     for name in reversed(order):
         wanted |= {*waits_for(experiment, name)} if name in wanted else set()
     corpus = _corpus(experiment)
-    links = {
-        name: _link(run.root, experiment, name, waits_for(experiment, name), corpus) for name in order if name in wanted
-    }
+    links = {name: _link(run.root, experiment, name, corpus, state) for name in order if name in wanted}
     return Lineage(corpus=corpus, stages=links)
 
 
@@ -91,7 +85,7 @@ def saved(run: Run) -> Saved | None:
         identity = read_json(folder / checkpoint.STATE, {}).get("identity", {})
         return {
             "step": step,
-            "manifest_sha256": sha256(folder / checkpoint.MANIFEST),
+            "manifest_sha256": file_sha256(folder / checkpoint.MANIFEST),
             "tokenizer_sha256": identity.get("tokenizer", ""),
             "data_sha256": identity.get("data", ""),
         }
@@ -106,15 +100,9 @@ def measured(run: Run) -> dict[str, float]:
     return last
 
 
-def sha256(file: Path) -> str:
-    """Of the content of ``file``."""
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _link(root: Path, experiment: Experiment, stage: str, made_from: list[str], corpus: dict[str, Any]) -> Link:
-    from orchestrator.submit import state
-
+def _link(
+    root: Path, experiment: Experiment, stage: str, corpus: dict[str, Any], state: Callable[[Run], State]
+) -> Link:
     folder, kind = root / experiment.name / stage, experiment.stages[stage].kind
     if not (folder / "run.json").exists():
         run = Run(folder=folder, experiment=experiment.name, stage=stage, index=0, key="")
@@ -127,7 +115,7 @@ def _link(root: Path, experiment: Experiment, stage: str, made_from: list[str], 
         kind=kind,
         state=state(run) if run.key else "missing",
         mlflow_run_id=read_json(folder / "tracking.json", {}).get("run_id", ""),
-        made_from=made_from,
+        made_from=waits_for(experiment, stage),
         read=read,
         loaded=loaded,
         saved=here,
@@ -143,12 +131,12 @@ def _changed(run: Run, read: dict[str, str], loaded: dict[str, Checkpoint]) -> I
     for file, digest in read.items():
         if file.startswith(BUILTIN):
             continue
-        now = sha256(Path(file)) if Path(file).is_file() else ""
+        now = file_sha256(Path(file)) if Path(file).is_file() else ""
         if now != digest:
             yield f"`{file}` was {digest[:SHORT]}, and is {now[:SHORT] or 'gone'}"
     for stage, was in loaded.items():
         manifest = checkpoint.folder_of(run.folder.parent / stage / "checkpoints", was["step"]) / checkpoint.MANIFEST
-        if manifest.exists() and (now := sha256(manifest)) != was["manifest_sha256"]:
+        if manifest.exists() and (now := file_sha256(manifest)) != was["manifest_sha256"]:
             yield f"step {was['step']} of `{stage}` was {was['manifest_sha256'][:SHORT]}, and is {now[:SHORT]}"
 
 

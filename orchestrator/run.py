@@ -19,6 +19,7 @@ Every file has one writer, and is replaced at once, so that a reader never sees 
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,7 @@ Cause = Literal[
 ]  # fmt: skip
 State = Literal["new", "queued", "running", "done", "stopped", "failed"]
 ASKED: tuple[Cause, ...] = ("cancelled", "preempted", "requeued")
+SHORT = 12  # digits of a hash, for people
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -66,6 +68,12 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the content of ``path``, in hexadecimal digits."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

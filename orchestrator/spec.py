@@ -265,6 +265,27 @@ class Experiment:
     stages: dict[str, StageSpec]
 
 
+def in_order(experiment: Experiment) -> list[str]:
+    """All stages, each behind those it waits for, else as in the file."""
+    ordered: list[str] = []
+
+    def visit(name: str) -> None:
+        if name not in ordered:
+            for other in waits_for(experiment, name):
+                visit(other)
+            ordered.append(name)
+
+    for name in experiment.stages:
+        visit(name)
+    return ordered
+
+
+def waits_for(experiment: Experiment, stage: str) -> list[str]:
+    """The stages that must be done before ``stage`` starts."""
+    spec = experiment.stages[stage]
+    return [*([spec.init_from] if spec.init_from else []), *spec.after]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
     """A combination of settings that an engine does not run, and the way out.

@@ -22,7 +22,7 @@ from orchestrator.preflight import REHEARSALS
 from orchestrator.registry import did_you_mean, find
 from orchestrator.relayout import continues, moved, what_counts
 from orchestrator.run import Run, State, list_runs, write_atomic, write_json
-from orchestrator.spec import Experiment
+from orchestrator.spec import Experiment, in_order, waits_for
 
 log = logging.getLogger(__name__)
 
@@ -183,27 +183,6 @@ def select(experiment: Experiment, stages: Sequence[str]) -> list[str]:
             hint = did_you_mean(name, [*experiment.stages])
             raise ConfigError(f"no stage `{name}` in `{experiment.name}`", hint=hint)
     return list(stages or experiment.stages)
-
-
-def in_order(experiment: Experiment) -> list[str]:
-    """All stages, each behind those it waits for, else as in the file."""
-    ordered: list[str] = []
-
-    def visit(name: str) -> None:
-        if name not in ordered:
-            for other in waits_for(experiment, name):
-                visit(other)
-            ordered.append(name)
-
-    for name in experiment.stages:
-        visit(name)
-    return ordered
-
-
-def waits_for(experiment: Experiment, stage: str) -> list[str]:
-    """The stages that must be done before ``stage`` starts."""
-    spec = experiment.stages[stage]
-    return [*([spec.init_from] if spec.init_from else []), *spec.after]
 
 
 # What a run needs before it may start

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator import run
 from orchestrator.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def train(texts: Iterable[str], *, vocab: int, end_of_text: str) -> Tokenizer:
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a small file. Raises DataError where it cannot be read."""
+    """The hash of a file. Raises DataError where it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return run.file_sha256(path)
     except OSError as e:
         raise DataError(f"`{path}`: {e.strerror}", hint="is the path right, and readable from this machine?") from e
 

@@ -21,7 +21,7 @@ NOT_CODE = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", 
 HELD_OUT = 10  # one file in so many
 LINES = 30  # of the longest function
 DOC_CHARS = 60  # of a docstring's first line
-ENOUGH = 16  # words a response should have: without that, the shortest that parses wins (measured: `self.get()`)
+ENOUGH = 4  # words a response should have, as short bodies have: else the shortest that parses wins (`self.get()`)
 NAMES = frozenset(dir(builtins))
 
 Split = Literal["train", "val"]

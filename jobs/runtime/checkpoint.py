@@ -7,7 +7,6 @@ function here but ``committed``, ``commit`` and ``damage`` is collective.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from orchestrator.errors import CheckpointError
-from orchestrator.run import read_json, write_json
+from orchestrator.run import file_sha256, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -182,13 +181,13 @@ def _hash(folder: Path, names: Sequence[str]) -> dict[str, list]:
             os.fsync(fd)
         finally:
             os.close(fd)
-        found[name] = [path.stat().st_size, _sha256(path)]
+        found[name] = [path.stat().st_size, file_sha256(path)]
     return found
 
 
 def _commit(folder: Path, state: dict[str, Any], files: dict[str, list]) -> None:
     write_json(folder / STATE, state)
-    files[STATE] = [(folder / STATE).stat().st_size, _sha256(folder / STATE)]
+    files[STATE] = [(folder / STATE).stat().st_size, file_sha256(folder / STATE)]
     write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
 
 
@@ -202,16 +201,11 @@ def damage(folder: Path, ranks: Ranks) -> str:
                 return f"`{name}` is missing"
             if path.stat().st_size != size:
                 return f"`{name}` has {path.stat().st_size} bytes, not {size}"
-            if _sha256(path) != digest:
+            if file_sha256(path) != digest:
                 return f"`{name}` does not match its SHA-256"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         return f"`{MANIFEST}` cannot be read: {e}"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     in   {"prompts": ["text", [{"role": ..., "content": ...}, ...]], "samples": 1, "max_tokens": null, ...}
     out  {"ready": "the weights of ..."}         once
-         {"delta": "some te"}                    as it is drawn, where the request says `"stream": true`
+         {"delta": "some text"}                  as it is drawn, where the request says `"stream": true`
          {"prompt": 0, "sample": 0, "text": "some text", "tokens": 3, "ended": true}    one a response
          {"done": true}, or {"error": ..., "hint": ...}                                 one a request
 

@@ -16,6 +16,7 @@ from jobs.data.prompts import Prompts, Rows
 from jobs.nn.gpt import GPT
 from jobs.nn.heads import Scorer
 from jobs.runtime import dist, start
+from jobs.runtime.experience import REWARD_FILE, reward_facts
 from jobs.runtime.gates import Gates
 from jobs.runtime.job import Job
 from jobs.runtime.resume import Position, Probe, save
@@ -116,7 +117,7 @@ def _stages_before(ranks, folder, chat):
         assert save(job, {"": engine}, _prompts(folder, chat), Position(step=1), probe, {})
     if ranks.rank == 0:
         facts = {"mean": MEAN, "std": STD, "accuracy": 0.9, "template": chat.sha256}
-        write_json(job.run.folder / ppo.REWARD_FILE, facts)
+        write_json(job.run.folder / REWARD_FILE, facts)
     dist.barrier()
 
 
@@ -147,7 +148,7 @@ def _told(ranks, folder, engines, precision="fp32"):
             taken = learner.step(Position(step=step, samples=8 * step), 8, LR)
             loss = dist.mean_and_any(taken.loss, False)[0]
             steps.append(taken.values | {"train/loss": loss, "train/grad_norm": taken.grad_norm})
-        answers = learner._answers(learner.train.take(0, 8), 0)
+        answers = learner.ask.answers(learner.train.take(0, 8), 0)
         weights = {}
         for part in ("actor", "critic"):
             with getattr(learner, part).gathered() as module:
@@ -383,22 +384,22 @@ def _refused(ranks, folder):
     chat = Chat.open(_place_of(folder))
     _stages_before(ranks, folder, chat)
     learner = _learner(ranks, folder, "torch", 0, 1)
-    piece = next(p for p in learner.reward.pieces() if p.name == "score.bias")
+    piece = next(p for p in learner.ask.reward.pieces() if p.name == "score.bias")
     piece.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="the reward of a response is nan"):
         learner.step(Position(), 8, LR)
     job = learner.job
-    facts = read_json(job.run.root / "chain" / "reward" / ppo.REWARD_FILE)
+    facts = read_json(job.run.root / "chain" / "reward" / REWARD_FILE)
     for change, said in (
         ({"accuracy": 0.55}, "is right on 0.550"),
         ({"template": "other"}, "another tokenizer or chat"),
     ):
-        write_json(job.run.root / "chain" / "reward" / ppo.REWARD_FILE, facts | change)
+        write_json(job.run.root / "chain" / "reward" / REWARD_FILE, facts | change)
         with pytest.raises(DataError, match=said):
-            ppo.reward_facts(job, chat)
-    (job.run.root / "chain" / "reward" / ppo.REWARD_FILE).unlink()
+            reward_facts(job, chat)
+    (job.run.root / "chain" / "reward" / REWARD_FILE).unlink()
     with pytest.raises(DataError, match=r"no `.*reward\.json`"):
-        ppo.reward_facts(job, chat)
+        reward_facts(job, chat)
 
 
 def test_bad_rewards_are_refused(tmp_path):

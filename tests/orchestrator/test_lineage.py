@@ -14,6 +14,7 @@ from orchestrator import dashboard, lineage, track
 from orchestrator.cli import cli
 from orchestrator.run import Run
 from orchestrator.store import Sent, connect, tracking_uri
+from orchestrator.submit import state
 
 TOKENIZER, FINGERPRINT = "a" * 64, "b" * 64
 
@@ -104,7 +105,7 @@ def test_what_is_not_any_more_what_was_read_is_told(chain, tmp_path):
     save_checkpoint(chain[0], 100, "trained anew")
     record = json.loads((tmp_path / "data" / "dataset.json").read_text())
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(record | {"tokenizer_sha256": "d" * 64}))
-    stages = lineage.of(chain[1]).stages
+    stages = lineage.of(chain[1], state).stages
     assert [what.partition(" was ")[0] for what in stages["sft"].changed] == [
         f"`{tmp_path / 'asked.jsonl'}`",
         "step 100 of `pretrain`",
@@ -113,13 +114,13 @@ def test_what_is_not_any_more_what_was_read_is_told(chain, tmp_path):
     assert len(stages["pretrain"].changed) == 1
     assert "changed since" in told(tmp_path, "demo/sft")
     (tmp_path / "asked.jsonl").unlink()
-    assert "and is gone" in lineage.of(chain[1]).stages["sft"].changed[0]
+    assert "and is gone" in lineage.of(chain[1], state).stages["sft"].changed[0]
 
 
 def test_a_stage_that_never_ran_is_missing(tmp_path):
     runs = make_chain(tmp_path)
     (runs[0].folder / "run.json").unlink()
-    stages = lineage.of(runs[1]).stages
+    stages = lineage.of(runs[1], state).stages
     assert (stages["pretrain"].state, stages["pretrain"].saved, stages["sft"].loaded) == ("missing", None, {})
     assert "missing" in told(tmp_path, "demo/sft")
 

@@ -221,10 +221,21 @@ def test_broken_rules(overrides: list[str], message: str, hint: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    """zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients communication_data_type
-    zero_optimization.zero_hpz_partition_size zero_optimization.mics_shard_size sparse_gradients
-    zero_optimization.stage3_max_reuse_distance torch_autocast.enabled data_types.grad_accum_dtype
-    compression_training.x curriculum_learning.enabled steps_per_print amp""".split(),
+    [
+        "zero_optimization.zero_quantized_weights",
+        "zero_optimization.zero_quantized_gradients",
+        "communication_data_type",
+        "zero_optimization.zero_hpz_partition_size",
+        "zero_optimization.mics_shard_size",
+        "sparse_gradients",
+        "zero_optimization.stage3_max_reuse_distance",
+        "torch_autocast.enabled",
+        "data_types.grad_accum_dtype",
+        "compression_training.x",
+        "curriculum_learning.enabled",
+        "steps_per_print",
+        "amp",
+    ],
 )
 def test_keys_of_deepspeed_that_nobody_has_proven_equal_are_refused(key: str) -> None:
     (problem,) = check(compose("gpt3-125m", [f"{S}.engine_config.{key}=1"]).experiment, "pretrain")

@@ -22,7 +22,7 @@ from orchestrator.compose import Composed, compose
 from orchestrator.errors import ConfigError, DataError, LaunchError, PlanError
 from orchestrator.relayout import announcements
 from orchestrator.run import Attempt, Run, Submission, list_runs, write_json
-from orchestrator.spec import StageSpec, layout_of
+from orchestrator.spec import StageSpec, in_order, layout_of
 
 CONFIG = """
 name: tiny
@@ -72,7 +72,7 @@ def end(run: Run, cause: str, *, step: int = 0) -> None:
 
 
 def test_stages_wait_for_those_they_start_from(composed):
-    assert submitting.in_order(composed().experiment) == ["prepare", "train", "tune"]
+    assert in_order(composed().experiment) == ["prepare", "train", "tune"]
 
 
 def test_a_run_folder_holds_all_a_job_needs(composed, tmp_path):
