@@ -37,7 +37,7 @@ test-local: install browser  ## Those that need no Slurm
 test-fast: install  ## What takes under three minutes
 	$(BIN)/python -m pytest -m "not slow and not slurm and not parity"
 
-test-parity: install  ## Engines and layouts against plain PyTorch, on 2, 4 and 8 ranks
+test-parity: install  ## Engines and layouts against plain PyTorch, on 2, 4 and 8 ranks; what the demo learns
 	$(BIN)/python -m pytest -m parity
 
 test-slurm: install slurm  ## Those on a real Slurm, which launch/slurmbox starts on this machine

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 PER_GPU = True
 SPLITS: tuple[Split, ...] = get_args(Split)
 SAMPLED = "sampled"  # the kind of what is ranked by rule
-HELD_OUT = 2**40  # number of the first held-out sample: no step draws as it does
 log = logging.getLogger(__name__)
 
 Line = dict[str, Any]
@@ -144,6 +143,7 @@ def asked(
     job: Job, model: GPT, chat: Chat, rule: Rule, examples: dict[Split, list[Prompt]]
 ) -> dict[Split, list[Answers]]:
     """What the policy answers, by prompt: each step a batch, then the held-out ones. Collective."""
+    from jobs.nn.rollout import HELD_OUT
     from jobs.runtime import dist, start
     from jobs.runtime.faults import Stopped
 

@@ -21,16 +21,20 @@ Metrics of a step, over its answers (`val/` the same of held-out prompts, answer
     train/length              tokens of a response, its end token included; train/ended: the share that has one
     train/distinct            share of responses that no other one equals
     train/logp_gap            mean over tokens of |log p of the rollout - log p of the trainer|
-    train/loss, value_loss    equation 7 of arXiv:1707.06347, negated; the clipped square of openai/lm-human-preferences
+    train/loss                what is minimised: `policy_loss`, and `ptx_coef` times `ptx_loss`
+    train/policy_loss         equation 7 of arXiv:1707.06347, negated
+    train/value_loss          the clipped square of openai/lm-human-preferences
     train/clipped             share of tokens whose ratio left [1 - clip, 1 + clip]
     train/approx_kl           mean of (log p - log p_old)^2 / 2 during the update
     train/explained_variance  1 - var(returns - values) / var(returns), before the update
     train/ptx_loss            nats per token of pretraining text, where it is mixed in
-    perf/rollout_s, score_s, update_s; perf/rollout_tokens_per_s, of responses, over all ranks
+    perf/rollout_s, score_s, update_s; perf/rollout_tokens_per_s, of responses, over all ranks; perf/mfu counts one pass
+                              of training over prompts and responses
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -58,7 +62,6 @@ if TYPE_CHECKING:
     from jobs.runtime.resume import Position
 
 PER_GPU = True
-HELD_OUT = 2**40  # number of the first held-out sample: no step draws as it does
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +93,7 @@ class Options:
     value_lr: float = 9e-6  # at its peak; it moves as `optimizer.lr` does
     ptx_coef: float = 0.0  # of the pretraining loss; InstructGPT's PPO-ptx: 27.8
     ptx_ratio: float = 8.0  # sequences of pretraining text for each response
-    ema: float = 0.992  # decay of the actor's average, once a step
+    ema: float | None = 0.992  # decay of the actor's average, once a step; null: none is kept
     samples: int = 16  # held-out responses that are kept at each evaluation
     max_kl: float = 100.0  # the gates: beyond them `patience` steps on end, the run stops
     min_entropy: float = 0.01
@@ -133,8 +136,11 @@ class PPO:
         reference = start.frozen(job, GPT, policy, tokenizer)
         self.actor.module.temperature = reference.module.temperature = o.temperature
         self.ask = Collector(job, chat, actor=self.actor, critic=self.critic, reference=reference)
-        self.average = Average(self.actor, o.ema)
-        self.parts: Mapping[str, Part] = {"": self.actor, "critic": self.critic, "ema": self.average}
+        train.fingerprint = self._judged_by(train.fingerprint)
+        self.average = Average(self.actor, o.ema) if o.ema is not None else None
+        self.parts: Mapping[str, Part] = {"": self.actor, "critic": self.critic}
+        if self.average:
+            self.parts = {**self.parts, "ema": self.average}
         self.more: dict[str, Any] = {"kl_coef": o.kl_coef}
         watched = [f"rule/{short(name)}" for name, coefficient in o.rules.items() if not coefficient]
         self.gates = Gates(o, self.more, watched, evidence=job.run.folder / "samples")
@@ -142,13 +148,20 @@ class PPO:
         self.sums: dict[str, float] = defaultdict(float)  # over this rank's micro-batches of a step
         self.scale = 1
 
+    def _judged_by(self, prompts: str) -> str:
+        """Hash of the prompts, and of the models that answers are held against: a run goes on with the same alone."""
+        asked = [str(self.stage.init_from), *([self.o.reward] if self.o.reward else [])]
+        versions = [self.job.record.loaded[stage]["manifest_sha256"] for stage in asked]
+        return hashlib.sha256(json.dumps([prompts, *versions, self.ask.mean, self.ask.std]).encode()).hexdigest()
+
     def begin(self) -> None:
         """The actor from `init_from`; the critic from the reward model, its values in the unit of the reward."""
         from jobs.runtime.resume import load_weights
 
         policy, tokenizer = str(self.stage.init_from), self.chat.tokenizer_sha256
         load_weights(self.job, self.actor, policy, tokenizer)
-        self.average.restart()
+        if self.average:
+            self.average.restart()
         load_weights(self.job, self.critic, self.o.reward or policy, tokenizer)
         unit = self.o.reward_coef / self.ask.std if self.o.reward else 0.0
         for piece in self.critic.pieces():
@@ -186,7 +199,8 @@ class PPO:
         control = rl.KLController(kl_coef, self.o.kl_target, self.o.kl_horizon)
         control.update(facts["kl"], size)
         self.more["kl_coef"] = control.coef
-        self.average.update()
+        if self.average:
+            self.average.update()
         self.gates.step(facts)
         values |= {f"train/{name}": value for name, value in facts.items()}
         values |= {
@@ -202,6 +216,8 @@ class PPO:
 
     def measure(self, at: Position, samples: int) -> dict[str, float]:
         """The same of held-out prompts; a few of the answers go to `samples/`."""
+        from jobs.nn.rollout import HELD_OUT
+
         prompts = self.held_out.take(0, min(samples, self.held_out.samples_per_epoch))
         answers = self.ask.answers(prompts, HELD_OUT)
         assert answers is not None, "it cannot be stopped"
@@ -301,7 +317,7 @@ class PPO:
             return self.o.ptx_coef * nll_BT.mean() * b["part"] * self.scale
         logp_BR = -nll_BT.gather(1, b["at"])
         got = rl.policy_loss(logp_BR, b["old"], b["advantages"], b["mask"], clip=self.o.clip)
-        self._note(b["part"], clipped=got.clipped, approx_kl=got.approx_kl)
+        self._note(b["part"], policy_loss=got.loss, clipped=got.clipped, approx_kl=got.approx_kl)
         return got.loss * b["part"] * self.scale
 
     def _value_loss(self, values_BT: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """A run that goes on in another layout: what of its config may change, and what becomes of its newest checkpoint.
 
 A checkpoint can be read by any engine, in any layout, on any number of ranks (jobs/runtime/pieces.py). So these
-settings may differ from those a run began with; whatever changes what it computes may not.
+settings may differ from those a run began with, and what only says when it stops; whatever changes what it computes
+may not.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from orchestrator.run import Run, read_json
 from orchestrator.spec import Experiment, describe_layout, layout_of
 
 OF_STAGE = ("engine", "engine_config", "parallel", "compile")  # settings of a stage that are layout
+GATES = ("max_kl", "min_entropy", "min_length", "max_logp_gap", "patience")  # options that stop a run (jobs/ppo.py)
 
 
 def what_counts(experiment: Experiment, stage: str) -> dict[str, Any]:
@@ -20,16 +22,21 @@ def what_counts(experiment: Experiment, stage: str) -> dict[str, Any]:
     whole = dataclasses.asdict(experiment)
     del whole["cluster"]
     whole["stages"] = {stage: whole["stages"].get(stage)}
+    settings = whole["stages"][stage] or {}
     for key in OF_STAGE:
-        (whole["stages"][stage] or {}).pop(key, None)
+        settings.pop(key, None)
+    for key in GATES:
+        settings.get("options", {}).pop(key, None)
     return dict(_flat(whole))
 
 
 def moved(run: Run, experiment: Experiment) -> bool:
-    """Whether ``experiment`` lays ``run`` out otherwise than the spec it has."""
+    """Whether ``experiment`` lays ``run`` out otherwise than the spec it has, or stops it elsewhere."""
     old = run.spec()
     before, after = old.stages.get(run.stage), experiment.stages[run.stage]
-    return old.cluster != experiment.cluster or any(getattr(before, k) != getattr(after, k) for k in OF_STAGE)
+    if old.cluster != experiment.cluster or any(getattr(before, k) != getattr(after, k) for k in OF_STAGE):
+        return True
+    return before is None or any(before.options.get(k) != after.options.get(k) for k in GATES)
 
 
 def announcements(root: Path, experiment: Experiment, stages: Iterable[str]) -> list[str]:

@@ -148,8 +148,11 @@ def in_mlflow(folder, run):
     return [step for (step,) in steps], status
 
 
+ALWAYS = ("fsdp2", "zero1")  # the others with the parity tests
+
+
 @pytest.mark.parametrize(
-    "engine", [pytest.param(e, marks=[pytest.mark.parity] if e in ("colossal", "3d") else []) for e in ENGINES]
+    "engine", [pytest.param(e, marks=[] if e in ALWAYS else [pytest.mark.parity]) for e in ENGINES]
 )
 def test_a_killed_rank(place, engine):
     unbroken = whole(place, engine)

@@ -43,10 +43,8 @@ class Prompts:
         return [self.prompts[self._order(epoch)[place]] for epoch, place in places]
 
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
-        """The prompts alone, to read: ``tokens``, ``targets`` and ``weight``, (B, T)."""
-        rows = Rows.of(
-            [p.ids[:1] for p in self.take(first, count)], [p.ids[1:] for p in self.take(first, count)], self.end
-        )
+        """The prompts alone, to read behind an end token: ``tokens``, ``targets`` and ``weight``, (B, T)."""
+        rows = Rows.of([[self.end]] * count, [p.ids for p in self.take(first, count)], self.end)
         ids, at = rows.ids_BT, rows.at_BR
         weight = rows.mask_BR.new_zeros(ids[:, 1:].shape).scatter_add_(1, at, rows.mask_BR)
         return {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous(), "weight": weight}

@@ -106,10 +106,10 @@ def _files(name: str, entry: str) -> list[Path]:
 def _builtin(name: str, entry: str) -> list[Part]:
     if entry not in BUILTIN:
         raise DataError(f"source `{name}`: no text `{entry}`", hint=did_you_mean(entry, BUILTIN))
+    root = Path(sysconfig.get_path("stdlib"))
     if entry == "builtin:functions":
         size = sum(len(f["prompt"] + f["response"]) for f in functions.functions("train"))
-        return [Part(path=str(functions.__file__), start=0, stop=size, kind="functions")]
-    root = Path(sysconfig.get_path("stdlib"))
+        return [Part(path=str(root), start=0, stop=size, kind="functions")]
     modules = [f for f in root.rglob("*.py") if not NOT_TEXT.intersection(f.relative_to(root).parts)]
     if entry == "builtin:python-train":
         modules = [f for f in modules if functions.split_of(f.relative_to(root)) == "train"]

@@ -47,7 +47,7 @@ OUR_LAYERS = (
         instead="`sequence: false`, or `tensor: 2` and more",
     ),
     Refusal(
-        when={"kind": ("reward", "compare", "ppo"), "sequence": (True,)},
+        when={"kind": ("reward", "dpo", "compare", "ppo"), "sequence": (True,)},
         why="tensor ranks would each score, or sample after, their own tokens alone",
         instead="`sequence: false`",
     ),

@@ -238,7 +238,7 @@ class ColossalEngine:
         return plugin.GeminiPlugin(
             min_chunk_size_m=chunk,
             search_range_m=chunk,
-            enable_gradient_accumulation=self.stage.global_batch > at_once,
+            enable_gradient_accumulation=self.stage.global_batch > at_once or bool(self.stage.options.get("ptx_coef")),
             enable_async_reduce=self.device.type == "cuda",  # it pins memory
             **common,
         )

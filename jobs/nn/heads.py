@@ -8,11 +8,22 @@ the names they have in GPT, so that either starts from the checkpoint of the oth
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.nn.gpt import GPT, Recompute
 from jobs.nn.parallel import TensorGroup
 from orchestrator.spec import ModelSpec
+
+
+class Score(nn.Linear):
+    """The product in fp32 whatever else computes in: differences of scores, and of values, are what is learned from."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) to (..., 1) in fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class Scorer(GPT):
@@ -24,8 +35,8 @@ class Scorer(GPT):
     def __init__(self, spec: ModelSpec, *, recompute: Recompute = "none", tensor: TensorGroup | None = None) -> None:
         super().__init__(spec, recompute=recompute, tensor=tensor)
         self.head = None
-        self.score = nn.Linear(spec.hidden, 1)
+        self.score = Score(spec.hidden, 1)
 
     def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Scores (B, T) in fp32; ``segments`` as in GPT."""
-        return self.score(self.hidden(tokens_BT, segments_BT))[..., 0].float()
+        return self.score(self.hidden(tokens_BT, segments_BT))[..., 0]

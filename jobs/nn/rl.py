@@ -11,9 +11,7 @@ end-of-text included, and 0 behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,12 +100,6 @@ def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -
     return (1 - variance(returns_BT - values_BT) / spread).item() if spread > 0 else 0.0
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits) over the last dim."""
-    log_p = F.log_softmax(logits.float(), -1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
 @dataclass
 class KLController:
     """The coefficient of the KL penalty: fixed, or steered towards ``target`` (Ziegler et al., section 2.2).
@@ -140,44 +132,3 @@ def dpo_loss(
     """DPO: losses (P,) and reward margins (P,), from log-probabilities of whole responses (Rafailov et al., eq. 7)."""
     margin_P = beta * ((better_P - reference_better_P) - (worse_P - reference_worse_P))
     return -F.logsigmoid(margin_P), margin_P.detach()
-
-
-class TFAdam(torch.optim.Optimizer):
-    """Adam with epsilon beside the uncorrected sqrt(v), as TensorFlow 1 has it and so the published PPO did.
-
-    theta -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps) (Kingma and Ba 2014, arXiv:1412.6980, the
-    note before section 2.1). Early on sqrt(v) is small beside eps, so the first steps are much shorter
-    than torch's. ``weight_decay`` is decoupled (arXiv:1711.05101).
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-5,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        assert closure is None, "gradients are computed before"
-        for group in self.param_groups:
-            b1, b2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["step"] += 1
-                t = state["step"].item()
-                state["exp_avg"].lerp_(p.grad, 1 - b1)
-                state["exp_avg_sq"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                size = group["lr"] * (1 - b2**t) ** 0.5 / (1 - b1**t)
-                p.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt() + group["eps"], value=-size)

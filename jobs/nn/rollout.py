@@ -19,6 +19,7 @@ from jobs.data.order import GOLDEN, key, mix_bits
 from jobs.nn.gpt import GPT, Cache
 from orchestrator.errors import DataError
 
+HELD_OUT = 2**40  # number of the first held-out sample: no step of training draws as it does
 FINISHED = 0.5  # share of the rows that may be finished before they are left out of the batch
 
 

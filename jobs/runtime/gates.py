@@ -34,13 +34,8 @@ class Gates:
         """Look at the metrics of a step."""
         self.more.setdefault("first_reward", facts["reward"])
         self.more["last_reward"] = facts["reward"]
-        for name, bound, sign in (
-            ("kl", self.o.max_kl, 1),
-            ("entropy", self.o.min_entropy, -1),
-            ("length", self.o.min_length, -1),
-            ("logp_gap", self.o.max_logp_gap, 1),
-        ):
-            self._count(name, sign * (facts[name] - bound) > 0, f"{facts[name]:.4g}, beyond {bound:g}")
+        for name, bound, sign in self._bounds():
+            self._count(name, bound, sign * (facts[name] - bound) > 0, f"{facts[name]:.4g}, beyond {bound:g}")
 
     def evaluation(self, judged: dict[str, torch.Tensor]) -> None:
         """Look for reward hacking: up in training, while on held-out prompts it has fallen, or a watched rule has.
@@ -48,26 +43,40 @@ class Gates:
         Fallen is what is two standard errors below the first evaluation (Gao et al. 2022, arXiv:2210.10760, show how
         a learned reward goes on rising while what it stands for falls).
         """
-        first = self.more.setdefault("first", {name: judged[name].mean().item() for name in self.watched})
+        first = self.more.setdefault("first", {})
         up = self.more.get("last_reward", 0.0) > self.more.get("first_reward", 0.0)
         for name in self.watched:
             mean, error = judged[name].mean().item(), judged[name].std(correction=0).item() / len(judged[name]) ** 0.5
-            fallen = mean < first[name] - 2 * error
-            said = f"{mean:.4g} on held-out prompts and was {first[name]:.4g}, while the reward in training rose"
-            self._count(f"held-out {name}", up and fallen, said)
+            began = first.setdefault(name, mean)
+            fallen = mean < began - 2 * error
+            said = f"{mean:.4g} on held-out prompts and was {began:.4g}, while the reward in training rose"
+            self._count(f"held-out {name}", began, up and fallen, said)
 
     def check(self) -> None:
         """Raise TrainingError where a bound was passed too often on end."""
-        for name, times in self.more.get("beyond", {}).items():
-            if times >= self.o.patience:
+        bounds = {name: bound for name, bound, _ in self._bounds()}
+        for name, (bound, times) in self.more.get("beyond", {}).items():
+            if times >= self.o.patience and bound == bounds.get(name, bound):
                 raise TrainingError(
                     f"{name} was out of bounds {times} times on end",
-                    hint=f"the curves and `{self.evidence}` show how; lower `optimizer.lr`, or raise "
-                    "`options.kl_coef` or the bound, and `orch resume` with it",
+                    hint=f"the curves and `{self.evidence}` show how; `orch resume` with another bound or `patience` "
+                    "goes on, and under another `name` a lower `optimizer.lr` or a higher `kl_coef` may help",
                 )
 
-    def _count(self, name: str, beyond: bool, said: str) -> None:
+    def _bounds(self) -> list[tuple[str, float, int]]:
+        """What is bounded, by what, and on which side: 1 from above, -1 from below."""
+        o = self.o
+        return [
+            ("kl", o.max_kl, 1),
+            ("entropy", o.min_entropy, -1),
+            ("length", o.min_length, -1),
+            ("logp_gap", o.max_logp_gap, 1),
+        ]
+
+    def _count(self, name: str, bound: float, beyond: bool, said: str) -> None:
+        """Count for how many times on end ``name`` has been beyond ``bound``; a changed bound begins anew."""
         counts = self.more.setdefault("beyond", {})
-        counts[name] = counts.get(name, 0) + 1 if beyond else 0
+        before, times = counts.get(name, (bound, 0))
+        counts[name] = [bound, (times if before == bound else 0) + 1 if beyond else 0]
         if beyond:
-            log.warning("%s is %s: %d of %d times on end", name, said, counts[name], self.o.patience)
+            log.warning("%s is %s: %d of %d times on end", name, said, counts[name][1], self.o.patience)

@@ -165,15 +165,14 @@ def drive(
         stopping = taken is None
         if taken:
             loss, stopping = dist.mean_and_any(taken.loss, bool(job.stop.cause))
-            if not (math.isfinite(loss) and math.isfinite(taken.grad_norm)):
-                raise _not_finite(at, after, loss, taken.grad_norm, saved)
+            said = {"train/loss": loss, "train/grad_norm": taken.grad_norm, **taken.values}
+            if not all(map(math.isfinite, said.values())):
+                raise _not_finite(at, after, said, saved)
             at = after
             values = {
-                "train/loss": loss,
                 "train/lr": lr,
-                "train/grad_norm": taken.grad_norm,
                 **_performance(job, time.perf_counter() - started, taken.tokens),
-                **taken.values,
+                **said,
                 "perf/checkpoint_stall_s": stall_s,
             }
             last = at.step == stage.steps
@@ -219,9 +218,11 @@ def _begin(job: Job, learner: Learner, data: Samples, held_out: Samples | None, 
     return at
 
 
-def _not_finite(at: Position, after: Position, loss: float, norm: float, saved: int) -> TrainingError:
+def _not_finite(at: Position, after: Position, said: dict[str, float], saved: int) -> TrainingError:
+    shown = {name: value for name, value in said.items() if name in ("train/loss", "train/grad_norm")}
+    shown |= {name: value for name, value in said.items() if not math.isfinite(value)}
     return TrainingError(
-        f"step {after.step}: loss {loss}, gradient norm {norm}",
+        f"step {after.step}: " + ", ".join(f"{name.removeprefix('train/')} {value}" for name, value in shown.items()),
         hint=f"the last checkpoint is step {saved}; lower `optimizer.lr`, lengthen the warm-up, or look at samples "
         f"{at.samples} to {after.samples}",
     )

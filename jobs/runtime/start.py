@@ -34,6 +34,8 @@ def limited_to(job: Job, samples_per_epoch: int, epochs: float | None) -> Job:
 def build(job: Job, model: type[GPT], loss_fn: LossFn) -> Engine:
     """The engine of ``job`` around a ``model``. Collective."""
     stage, spec = job.stage, job.experiment.model
+    if stage.kind in ("ppo", "dpo"):  # log-probabilities are compared with those of another pass, or another model
+        spec = dataclasses.replace(spec, dropout=0.0)
 
     def make(tensor: TensorGroup | None = None) -> torch.nn.Module:
         return model(spec, recompute=stage.parallel.recompute, tensor=tensor)
