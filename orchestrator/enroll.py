@@ -7,6 +7,7 @@ and draw no curves (seen in 3.17.2), so lineage stands in tags.
 import getpass
 import hashlib
 import json
+import logging
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import dashboard, lineage
+from orchestrator.errors import CheckpointError
 from orchestrator.run import Run
 from orchestrator.store import MAX_PARAM_CHARS, MAX_PARAMS, Sent, mask
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 KEY = "orch.key"  # the tag by which a run is found again
 
@@ -177,13 +181,24 @@ def _dataset(name: str, digest: str, uri: str, profile: Any = None) -> Any:
 def register(client: "MlflowClient", run: Run, sent: Sent) -> str:
     """Make the newest checkpoint of ``run`` a version of the registered model `<experiment>-<stage>`, once.
 
-    No weights are copied. Returns the hash of the checkpoint's manifest; nothing where there is no checkpoint.
+    No weights are copied. Returns the hash of the checkpoint's manifest; nothing where there is no checkpoint. Where
+    the registry refuses, that is logged, and the next call tries again.
     """
     from mlflow.exceptions import MlflowException
 
-    saved = lineage.saved(run)
-    if saved is None or saved["manifest_sha256"] == sent.registered:
-        return sent.registered
+    try:
+        saved = lineage.saved(run)
+        if saved is not None and saved["manifest_sha256"] != sent.registered:
+            _make_version(client, run, sent, saved)
+            return saved["manifest_sha256"]
+    except (MlflowException, CheckpointError) as e:
+        log.warning("`%s` is no registered model: %s", run.name, mask(str(e)))
+    return sent.registered
+
+
+def _make_version(client: "MlflowClient", run: Run, sent: Sent, saved: lineage.Saved) -> None:
+    from mlflow.exceptions import MlflowException
+
     name = f"{run.experiment}-{run.stage}"
     try:
         client.create_registered_model(name, tags={"chain": run.experiment, "stage": run.stage})
@@ -200,7 +215,6 @@ def register(client: "MlflowClient", run: Run, sent: Sent) -> str:
             run_id=sent.run_id,
             tags={key: str(value) for key, value in tags.items()},
         )
-    return saved["manifest_sha256"]
 
 
 def _source(client: "MlflowClient", sent: Sent, folder: Path, saved: lineage.Saved) -> str:

@@ -214,8 +214,8 @@ def usable(listed: str, *, reserved: bool) -> set[str]:
     ``reserved``: the job has a reservation, and so the nodes in one.
     """
     states = {"idle", "mixed", "allocated", "completing", "planned"} | ({"reserved"} if reserved else set())
-    rows = (word.split("|", 1) for word in listed.split())
-    return {name for name, state in rows if state.rstrip("+-~#!%$@^") in states}  # `*`: does not respond
+    rows = (word.partition("|") for word in listed.split())
+    return {name for name, _, state in rows if state.rstrip("+-~#!%$@^") in states}  # `*`: does not respond
 
 
 def _error(failure: Mapping[str, Any]) -> Decision:

@@ -308,9 +308,10 @@ def _send_files(client: "MlflowClient", run: Run) -> None:
             else:
                 client.log_text(sent.run_id, mask(path.read_text(encoding="utf-8")), name)
             sent.artifacts[name] = path.stat().st_mtime_ns
+        sent.save(run)
         if sent.status == STATUS["done"]:
             sent.registered = register(client, run, sent)
-        sent.save(run)
+            sent.save(run)
 
 
 def _send_inputs(client: "MlflowClient", run: Run, folder: str) -> None:
@@ -332,8 +333,13 @@ def _send_samples(client: "MlflowClient", run: Run) -> None:
         newest = max(f.stat().st_mtime_ns for f in files)
         if newest == sent.artifacts.get(SAMPLES):
             return
-        client.log_text(sent.run_id, json.dumps(_table(files)), SAMPLES)
-        client.set_tag(sent.run_id, TABLES, json.dumps([{"path": SAMPLES, "type": "table"}]))
+        try:
+            table = json.dumps(_table(files))
+        except (ValueError, TypeError) as e:  # not ours to mend; metrics and status must go on
+            log.warning("the samples of `%s` are no table: %s", run.name, e)
+        else:
+            client.log_text(sent.run_id, table, SAMPLES)
+            client.set_tag(sent.run_id, TABLES, json.dumps([{"path": SAMPLES, "type": "table"}]))
         sent.artifacts[SAMPLES] = newest
         sent.save(run)
 
@@ -343,10 +349,12 @@ def _table(files: Sequence[Path]) -> dict[str, list[Any]]:
     rows: list[dict[str, Any]] = []
     for file in reversed(files):  # the newest are what fits
         step = int(file.stem.removeprefix("step-"))
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        text = file.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.split("\n") if line]  # `splitlines` cuts at U+2028 too
         rows = [{"step": step, **line} for line in lines] + rows
         if len(rows) >= MAX_ROWS:
             break
+    rows = rows[-MAX_ROWS:]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return {"columns": columns, "data": [[_cell(row.get(key)) for key in columns] for row in rows]}
 

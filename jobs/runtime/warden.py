@@ -272,7 +272,7 @@ class Warden:
         names = slurm("scontrol", "show", "hostnames", listed)[1].split() if listed else []  # asks no controller
         others = [node for node in names if node not in before]  # the user's, and a preflight's
         silent, nodes = slurm("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N|%T")
-        up = recover.usable(nodes, reserved="SLURM_JOB_RESERVATION" in os.environ).difference(others)
+        up = recover.usable("" if silent else nodes, reserved="SLURM_JOB_RESERVATION" in os.environ).difference(others)
         needed = int(os.environ["SLURM_JOB_NUM_NODES"])
         kept = wanted if silent else recover.affordable(wanted, up, needed)
         again = [node for node in wanted if node not in kept]

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -212,3 +214,35 @@ def test_samples_are_one_table_however_often_they_are_sent(tmp_path):
     assert [row[0] for row in table()["data"]] == [0, 0, 10]
     write(10, 2.0)  # once more, after a resume
     assert [row[3] for row in table()["data"]] == [0.5, "NaN", 2.0]
+
+
+def test_samples_with_any_character_are_sent_and_damaged_ones_stop_nothing(tmp_path, monkeypatch, caplog):
+    run = make_chain(tmp_path)[0]
+    (run.folder / "samples").mkdir()
+    file = run.folder / "samples" / "step-0000000.jsonl"
+    said = ["a\u0085b", "c\u2028d", "e\fg"]
+    file.write_text("".join(json.dumps({"response": s}, ensure_ascii=False) + "\n" for s in said), encoding="utf-8")
+    assert track._table([file])["data"] == [[0, s] for s in said]
+    monkeypatch.setattr(track, "MAX_ROWS", 2)
+    assert track._table([file])["data"] == [[0, s] for s in said[1:]]
+    file.write_text('{"response": "cut o')
+    lines = track.Metrics(run, "1")
+    lines.log(1, {"train/loss": 2.5}, tokens=10)
+    lines.close()
+    assert track.sync(run) == 1
+    assert "the samples of `demo/pretrain` are no table" in caplog.text
+
+
+def test_a_registry_that_refuses_keeps_nothing_else_from_mlflow(chain, tmp_path, caplog):
+    track.open_runs(chain, None)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        refuse = "select raise(abort, 'see https://me:secret@host')"
+        database.execute(f"create trigger closed before insert on model_versions begin {refuse}; end")
+    track.sync(chain[1])
+    assert "`demo/sft` is no registered model" in caplog.text and "secret" not in caplog.text
+    sent = Sent.load(chain[1])
+    assert sent.registered == "" and {"spec.yaml", "logbook.md"} <= {*sent.artifacts}
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("drop trigger closed")
+    track.sync(chain[1])
+    assert len(in_mlflow(tracking_uri(tmp_path, None), chain[1])[2]) == 1

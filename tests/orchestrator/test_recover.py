@@ -222,6 +222,7 @@ def test_nodes_that_a_job_may_get():
     listed = "n1|idle n2|mixed- n3|down* n4|allocated+ n5|idle* n6|drained n7|reserved"
     assert recover.usable(listed, reserved=False) == {"n1", "n2", "n4"}
     assert recover.usable(listed, reserved=True) == {"n1", "n2", "n4", "n7"}
+    assert recover.usable("sinfo: error: n1|idle is all that was heard", reserved=False) == {"n1"}
 
 
 def test_ranks_of_an_exit():

@@ -1,5 +1,7 @@
 """The warden without Slurm: what it refuses before any rank starts, and what it reads of Slurm's words."""
 
+import signal
+
 import pytest
 
 from jobs.runtime import commands, warden
@@ -24,6 +26,21 @@ def test_a_job_whose_run_was_resumed_by_another_leaves_at_once(run, monkeypatch)
         warden.main([str(run.folder), "--steps=2.5", "--", "touch", str(started)])
     assert not started.exists() and not (run.folder / "ends").exists()
     assert warden._known(run.folder, "8").submissions == run.submissions
+
+
+def test_where_slurm_does_not_answer_nodes_are_kept_as_they_are(run, monkeypatch, tmp_path):
+    """What `sinfo` says of its failure is no list of nodes; the requeue after this must come."""
+    slurm = {"CONF": str(tmp_path / "none"), "JOB_ID": "8", "JOB_NUM_NODES": "2", "NTASKS_PER_NODE": "1"}
+    for key, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        guard = warden.Warden(run, warden.Patience())
+        kept, exclude, said = guard._without(["n1"], ["n2"], {"Partition": "batch"})
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (kept, exclude) == (["n1"], "") and said.startswith("; not excluded: without n1,n2: ")
 
 
 @pytest.mark.parametrize(
