@@ -69,6 +69,13 @@ def minutes(experiment: Path) -> float:
     return (max(a.ended_at or 0 for a in attempts) - min(a.started_at for a in attempts)) / 60
 
 
+def shares(experiment: Path) -> dict[str, float]:
+    """Of a step of PPO, by phase: medians over the steps, as parts of their sum."""
+    lines = [line for step, line in Run.load(experiment / "ppo").metrics().items() if step]
+    seconds = {p: statistics.median(line[f"perf/{p}_s"] for line in lines) for p in ("rollout", "score", "update")}
+    return {f"ppo: share of {phase}": s / sum(seconds.values()) for phase, s in seconds.items()}
+
+
 def study(seeds: list[int], folder: Path) -> dict[int, dict[str, float]]:
     """Run the chain for each of ``seeds``, one after the other; every stage and the data take the seed."""
     found = {}
@@ -77,8 +84,13 @@ def study(seeds: list[int], folder: Path) -> dict[int, dict[str, float]]:
         words = [f"name={name}", f"data.seed={seed}", f"data.folder={folder / 'data'}"]
         words += [f"stages.{stage}.seed={seed}" for stage in STAGES]
         subprocess.run([ORCH, "--runs", folder / "runs", "submit", CONFIG, *words], check=True, cwd=folder)
-        found[seed] = learned(folder / "runs" / name) | {"minutes": minutes(folder / "runs" / name)}
+        found[seed] = told(folder / "runs" / name)
     return found
+
+
+def told(experiment: Path) -> dict[str, float]:
+    """Everything of one chain."""
+    return learned(experiment) | shares(experiment) | {"minutes": minutes(experiment)}
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -112,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         if options.of:
-            found = {options.of.name: learned(options.of) | {"minutes": minutes(options.of)}}
+            found = {options.of.name: told(options.of)}
         else:
             folder = (options.folder or Path(temporary)).resolve()
             folder.mkdir(exist_ok=True)

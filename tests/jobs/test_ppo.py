@@ -367,6 +367,23 @@ def test_what_goes_astray_is_warned_of_and_stopped(name, value, tmp_path, caplog
         gates.check()
 
 
+def test_a_bound_that_was_moved_lets_a_run_go_on(tmp_path):
+    more = {}
+    gates = Gates(SimpleNamespace(**GATES), more, [], evidence=tmp_path)
+    for _ in range(2):
+        gates.step(FINE | {"kl": 1.5})
+    kept = json.loads(json.dumps(more))
+    with pytest.raises(TrainingError, match="kl was out of bounds"):
+        Gates(SimpleNamespace(**GATES), kept, [], evidence=tmp_path).check()
+    moved = Gates(SimpleNamespace(**GATES | {"max_kl": 1.2}), kept, [], evidence=tmp_path)
+    moved.check()
+    moved.step(FINE | {"kl": 1.5})
+    moved.check()  # the first time beyond the new one
+    moved.step(FINE | {"kl": 1.5})
+    with pytest.raises(TrainingError, match="kl was out of bounds 2 times"):
+        moved.check()
+
+
 def test_a_hacked_reward_is_found(tmp_path):
     more = {}
     gates = Gates(SimpleNamespace(**GATES), more, ["rule/good"], evidence=tmp_path)
