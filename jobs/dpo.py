@@ -38,6 +38,7 @@ class Options:
 
     examples: str = "preferences"  # of `data.examples`
     epochs: float | None = None  # passes over the prompts at which to end, if that is before `steps`
+    responses: int = 2  # to one prompt, at most: the plan makes room for as many, and more are an error
     beta: float = 0.1  # how dear it is to leave the reference (section 6: 0.1, for summaries 0.5)
 
 
@@ -53,7 +54,8 @@ def run(job: Job) -> dict[str, float]:
     chat = Chat.open(data)
     reference = start.frozen(job, GPT, source, chat.tokenizer_sha256)
     version = job.record.loaded[source]["manifest_sha256"]
-    referenced = partial(Referenced, reference, version, chat=chat, seq_len=job.experiment.model.seq_len)
+    seq_len = job.experiment.model.seq_len
+    referenced = partial(Referenced, reference, version, chat=chat, seq_len=seq_len, responses=options.responses)
     train = referenced(files_of(data, options.examples, "train"), seed=data.seed)
     held_out = referenced(files_of(data, options.examples, "val"), seed=0)
     log.info("%d prompts; left out: %s", train.samples_per_epoch, dict(train.left_out))
@@ -71,8 +73,8 @@ def run(job: Job) -> dict[str, float]:
 class Referenced(Preferences):
     """Preferences with `reference` (R,) in each batch: the log-probability of each response in a frozen model."""
 
-    def __init__(self, reference: Frozen, version: str, files: Files, chat: Chat, *, seq_len: int, seed: int) -> None:
-        super().__init__(files, chat, seq_len=seq_len, seed=seed)
+    def __init__(self, reference: Frozen, version: str, files: Files, chat: Chat, **sizes: int) -> None:
+        super().__init__(files, chat, **sizes)
         self.reference = reference
         self.fingerprint = hashlib.sha256(f"{self.fingerprint}/{version}".encode()).hexdigest()
 

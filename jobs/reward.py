@@ -39,6 +39,7 @@ class Options:
 
     examples: str = "preferences"  # of `data.examples`
     epochs: float | None = None  # passes over the prompts at which to end, if that is before `steps`
+    responses: int = 2  # to one prompt, at most: the plan makes room for as many, and more are an error
 
 
 def run(job: Job) -> dict[str, float]:
@@ -49,10 +50,11 @@ def run(job: Job) -> dict[str, float]:
     from jobs.nn.heads import Scorer
     from jobs.runtime import loop, pairs, start
 
-    data, seq_len, name = job.experiment.data, job.experiment.model.seq_len, job.options.examples
+    data, name = job.experiment.data, job.options.examples
     chat = Chat.open(data)
-    train = Preferences(files_of(data, name, "train"), chat, seq_len=seq_len, seed=data.seed)
-    held_out = Preferences(files_of(data, name, "val"), chat, seq_len=seq_len, seed=0)
+    ranked = partial(Preferences, chat=chat, seq_len=job.experiment.model.seq_len, responses=job.options.responses)
+    train = ranked(files_of(data, name, "train"), seed=data.seed)
+    held_out = ranked(files_of(data, name, "val"), seed=0)
     log.info("%d prompts; left out: %s", train.samples_per_epoch, dict(train.left_out))
     job = start.limited_to(job, train.samples_per_epoch, job.options.epochs)
     engine = start.build(job, Scorer, loss)

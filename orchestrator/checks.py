@@ -14,7 +14,6 @@ from orchestrator.hardware import lacks_bf16
 from orchestrator.registry import did_you_mean, find
 from orchestrator.schedule import total_tokens
 from orchestrator.spec import (
-    CHECKPOINT_BYTES_PER_PARAM,
     ClusterSpec,
     DataSpec,
     Experiment,
@@ -22,6 +21,7 @@ from orchestrator.spec import (
     ModelSpec,
     ParallelPlan,
     StageSpec,
+    checkpoint_gb,
 )
 from orchestrator.store import mask
 
@@ -57,13 +57,6 @@ class Problem:
 
     message: str
     hint: str = ""
-
-
-def checkpoint_gb(model: ModelSpec, stage: StageSpec) -> float:
-    """Size of one checkpoint of ``stage``."""
-    each = CHECKPOINT_BYTES_PER_PARAM
-    whole = 2 * each + 4 if stage.kind == "ppo" else each  # actor and critic, and the actor's average
-    return model.params * whole / 1e9
 
 
 def check(experiment: Experiment, name: str) -> list[Problem]:
@@ -247,6 +240,14 @@ def _batch(where: str, stage: StageSpec, cluster: ClusterSpec) -> Iterator[Probl
             f"data {data} x micro_batch {p.micro_batch} = {parts * each}",
             hint=f"`{where}.global_batch` may be {_any(_multiples(stage.global_batch, parts * each))}",
         )
+    elif stage.global_batch % each == 0 and stage.options.get("ptx_coef"):
+        responses, ratio = stage.global_batch // parts, stage.options["ptx_ratio"]
+        if ratio > 0 and (responses * ratio) % each:  # a whole ratio always splits, as the responses do
+            yield Problem(
+                message=f"`{where}.options.ptx_ratio` {ratio:g} x {responses} responses of a minibatch = "
+                f"{responses * ratio:g} does not divide by data {data} x micro_batch {p.micro_batch} = {each}",
+                hint=f"`{where}.options.ptx_ratio` may be {_any(_multiples(int(ratio), 1))}",
+            )
 
 
 def _rounds(where: str, stage: StageSpec, cluster: ClusterSpec, limits: Limits) -> Iterator[Problem]:

@@ -20,7 +20,12 @@ from orchestrator.spec import Experiment
 RULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of options, whichever kind has them
     "at least 1": (lambda x: x >= 1, "max_tokens minibatches inner_epochs rollout_batch kl_horizon patience"),
-    "more than 0": (lambda x: 0 < x < math.inf, "temperature top_p clip value_clip clip_reward epochs beta kl_target"),
+    "at least 2": (lambda x: x >= 2, "responses"),
+    "more than 0": (
+        lambda x: 0 < x < math.inf,
+        "temperature top_p clip value_clip clip_reward epochs beta kl_target value_lr ptx_ratio",
+    ),
+    "at least 0": (lambda x: 0 <= x < math.inf, "ptx_coef kl_coef top_k no_end_penalty"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma lam top_p min_reward_accuracy"),
     "from 0 up to but not 1": (lambda x: 0 <= x < 1, "ema"),
 }

@@ -53,7 +53,7 @@ def phase_bytes(
         "gradients": lasting,
         "optimizer": 2 * base["optimizer"],
         "frozen": frozen,
-        "average": 4 * mine / (data if p.zero else 1),
+        "average": 4 * mine / (data if p.zero else 1) if stage.options.get("ema", 1) is not None else 0.0,
         "other": base["other"],
     }
     scoring = {

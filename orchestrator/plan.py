@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import contracts, phases, timing
-from orchestrator.checks import Problem, check, checkpoint_gb
+from orchestrator.checks import Problem, check
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.failures import Goodput, goodput, limit_s, storage_gb
 from orchestrator.hardware import chip
@@ -23,7 +23,7 @@ from orchestrator.memory import fullest
 from orchestrator.registry import did_you_mean, find
 from orchestrator.scaling import epochs
 from orchestrator.schedule import batches
-from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, ParallelPlan, StageSpec
+from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, ParallelPlan, StageSpec, checkpoint_gb
 from orchestrator.timing import Software
 
 __all__ = ["Estimate", "Problem", "check", "estimate", "plan", "signal_lead_s"]
@@ -132,7 +132,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
     index, memory_gb = memory(model, stage, cluster)
 
     step = step_time(model, stage, cluster, stage.global_batch)
-    tokens = stage.global_batch * model.seq_len
+    tokens = stage.global_batch * responses(stage) * model.seq_len
     asked, trained = phases.passes(stage)
     model_flops = model.flops_per_token * (asked / 3 + trained) * tokens
     hardware_flops = model_flops + recomputed_flops_per_token(model, p) * trained * tokens
@@ -190,12 +190,23 @@ def layout(stage: StageSpec, cluster: ClusterSpec) -> tuple[int, int, int]:
     return world, data, stage.global_batch // (data * p.micro_batch)
 
 
+def responses(stage: StageSpec) -> int:
+    """Rows of a sample: of preferences, a prompt with all its responses, as many as the stage allows."""
+    return int(stage.options.get("responses", 1))
+
+
+def in_rows(stage: StageSpec) -> StageSpec:
+    """``stage`` with its micro-batch counted in rows, for what a layer sees; the layout counts samples."""
+    p = stage.parallel
+    return replace(stage, parallel=replace(p, micro_batch=p.micro_batch * responses(stage)))
+
+
 def memory(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> tuple[int, dict[str, float]]:
     """The fullest pipeline stage, and its GB by use with their total, as measured on this cluster if they were."""
     if by_phase := phases_gb(model, stage, cluster):
         return 0, max(by_phase.values(), key=lambda gb: gb["total"])
     _, data, micro_batches = layout(stage, cluster)
-    index, parts = fullest(model, stage, data, micro_batches, on_gpu=cluster.gpu != "cpu")
+    index, parts = fullest(model, in_rows(stage), data, micro_batches, on_gpu=cluster.gpu != "cpu")
     return index, _gb(parts, cluster)
 
 
@@ -204,7 +215,7 @@ def phases_gb(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> dict[
     if not phases.frozen_models(stage):
         return {}
     _, data, micro_batches = layout(stage, cluster)
-    found = phases.phase_bytes(model, stage, data, micro_batches, on_gpu=cluster.gpu != "cpu")
+    found = phases.phase_bytes(model, in_rows(stage), data, micro_batches, on_gpu=cluster.gpu != "cpu")
     return {phase: _gb(parts, cluster) for phase, parts in found.items()}
 
 
@@ -219,7 +230,7 @@ def step_time(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec, batch: i
     software = ON_CPU if cluster.gpu == "cpu" else SOFTWARE.get(stage.engine, Software())
     micro_batches = max(1, batch // (data * stage.parallel.micro_batch))
     timed = phases.iteration if phases.frozen_models(stage) else timing.step
-    step = timed(model, stage, chip(cluster, stage.precision), data, micro_batches, software)
+    step = timed(model, in_rows(stage), chip(cluster, stage.precision), data, micro_batches, software)
     if cluster.step_factor == 1:
         return step
     return type(step)(**{key: seconds * cluster.step_factor for key, seconds in vars(step).items()})

@@ -14,7 +14,8 @@ from orchestrator.run import Run, read_json
 from orchestrator.spec import Experiment, describe_layout, layout_of
 
 OF_STAGE = ("engine", "engine_config", "parallel", "compile")  # settings of a stage that are layout
-GATES = ("max_kl", "min_entropy", "min_length", "max_logp_gap", "patience")  # options that stop a run (jobs/ppo.py)
+# Options that only stop a run (jobs/ppo.py; `responses`: jobs/data/preferences.py)
+GATES = ("max_kl", "min_entropy", "min_length", "max_logp_gap", "patience", "responses")
 
 
 def what_counts(experiment: Experiment, stage: str) -> dict[str, Any]:

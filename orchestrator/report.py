@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.memory import rank_bytes
-from orchestrator.plan import Estimate, estimate
+from orchestrator.plan import Estimate, estimate, in_rows
 from orchestrator.run import write_atomic
 from orchestrator.scaling import loss
 from orchestrator.schedule import total_tokens
@@ -124,7 +124,7 @@ def _by_rank(experiment: Experiment, e: Estimate) -> dict[str, dict[str, float]]
         round(i * last / (DRAWN_RANKS - 1)) for i in range(DRAWN_RANKS)
     ]  # fmt: skip
     on_gpu, factor = experiment.cluster.gpu != "cpu", experiment.cluster.memory_factor / 1e9
-    parts = {i: rank_bytes(experiment.model, stage, i, e.data, e.micro_batches, on_gpu=on_gpu) for i in shown}
+    parts = {i: rank_bytes(experiment.model, in_rows(stage), i, e.data, e.micro_batches, on_gpu=on_gpu) for i in shown}
     return {str(i): {name: size * factor for name, size in of.items()} for i, of in parts.items()}
 
 

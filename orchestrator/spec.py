@@ -265,6 +265,14 @@ class Experiment:
     stages: dict[str, StageSpec]
 
 
+def checkpoint_gb(model: ModelSpec, stage: StageSpec) -> float:
+    """Size of one checkpoint of ``stage``."""
+    each = CHECKPOINT_BYTES_PER_PARAM
+    if stage.kind == "ppo":  # actor and critic, and the actor's average
+        each = 2 * each + (4 if stage.options.get("ema", 1) is not None else 0)
+    return model.params * each / 1e9
+
+
 def in_order(experiment: Experiment) -> list[str]:
     """All stages, each behind those it waits for, else as in the file."""
     ordered: list[str] = []

@@ -47,6 +47,7 @@ stages:
     parallel: {micro_batch: 2, zero: 3}
     steps: 12
     optimizer: {lr: 1e-3}
+    options: {epochs: 3, responses: 3}
   compare:
     <<: *tune
     kind: compare
@@ -64,6 +65,7 @@ stages:
     parallel: {micro_batch: 2, zero: 3}
     steps: 20
     optimizer: {lr: 1e-3}
+    options: {epochs: 3, responses: 3}
 """
 RULE = """
 def words(prompt, response, line):

@@ -17,6 +17,7 @@ import numpy as np
 
 from jobs.data.chat import Chat
 from jobs.data.examples import Files, Ranked, fingerprint, ranked, shuffled
+from orchestrator.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,15 @@ if TYPE_CHECKING:
 class Preferences:
     """Prompts with their ranked responses, in one global order."""
 
-    def __init__(self, files: Files, chat: Chat, *, seq_len: int, seed: int) -> None:
+    def __init__(self, files: Files, chat: Chat, *, seq_len: int, seed: int, responses: int) -> None:
         self.left_out: Counter[str] = Counter()
         self.prompts: list[Ranked] = ranked(files, chat, longest=seq_len, left_out=self.left_out)
+        most = max(len(p.responses) for p in self.prompts)
+        if most > responses:
+            raise DataError(
+                f"a prompt of {', '.join(files.names)} has {most} responses, and `options.responses` is {responses}",
+                hint=f"`options.responses={most}`, for which the plan makes room: they are in memory at once",
+            )
         self.kinds = sorted({p.kind for p in self.prompts})
         self.end = chat.end
         self.tokenizer_sha256 = chat.tokenizer_sha256

@@ -18,7 +18,7 @@ from jobs.runtime import checkpoint, pieces
 from jobs.runtime.faults import is_current
 from jobs.runtime.job import Job
 from orchestrator.errors import CheckpointError
-from orchestrator.spec import CHECKPOINT_BYTES_PER_PARAM, describe_layout, layout_of
+from orchestrator.spec import checkpoint_gb, describe_layout, layout_of
 
 if TYPE_CHECKING:
     from jobs.runtime.loop import Samples
@@ -96,7 +96,7 @@ def save(job: Job, parts: Parts, data: Samples, at: Position, probe: Probe, more
         state,
         write,
         ranks=job.ranks,
-        expected_bytes=int(len(parts) * job.experiment.model.params * CHECKPOINT_BYTES_PER_PARAM * 1.02) + 1_000_000,
+        expected_bytes=int(checkpoint_gb(job.experiment.model, job.stage) * 1.02e9) + 1_000_000,
         may_commit=lambda: is_current(job.run, job.attempt),
     )
     if done:

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def _data(folder, reference):
     chat = Chat.open(DataSpec(tokenizer=str(folder / "tokenizer.json"), chat=ChatSpec(end="<|end|>")))
     files = Files(names=[str(folder / "p.jsonl")])
-    return dpo.Referenced(reference, "version", files, chat, seq_len=MODEL.seq_len, seed=3)
+    return dpo.Referenced(reference, "version", files, chat, seq_len=MODEL.seq_len, seed=3, responses=4)
 
 
 def _engine(ranks, folder, name):

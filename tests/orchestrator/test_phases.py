@@ -11,7 +11,7 @@ from orchestrator.checks import check
 from orchestrator.compose import compose
 from orchestrator.hardware import chip
 from orchestrator.phases import forward_s, frozen_models, iteration, phase_bytes, rollout_s
-from orchestrator.plan import estimate, plan
+from orchestrator.plan import Estimate, estimate, plan
 from orchestrator.search import search
 from orchestrator.spec import ClusterSpec, ModelSpec, ParallelPlan, StageSpec
 from orchestrator.timing import Software, step
@@ -51,6 +51,7 @@ def test_four_models_sharded() -> None:
         assert parts["frozen"] == 2 * 4 * N / 8
         assert parts["average"] == 4 * N / 8
     assert phases["rollout"]["buffers"] == 2 * N  # a gathered copy of the actor samples
+    assert phase_bytes(MODEL, stage(options={"ema": None}), 8, 16)["update"]["average"] == 0
 
 
 def test_the_cache_of_a_rollout() -> None:
@@ -81,6 +82,22 @@ def test_dpo_holds_a_reference_and_reads_it_first() -> None:
     learning = step(MODEL, s, A100, 8, 4, Software()).total_s
     # a forward pass is a third of the arithmetic, and has nothing else to do
     assert 0.25 * learning < done.total_s - learning < 0.35 * learning
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_a_prompt_is_as_many_rows_as_it_has_responses(kind: str) -> None:
+    e = compose("instructgpt-1.3b").experiment
+
+    def planned(responses: int) -> Estimate:
+        s = replace(e.stages["reward"], kind=kind, options={"responses": responses})
+        return estimate(replace(e, stages={"s": s}), "s")
+
+    two, eight = planned(2), planned(8)
+    assert eight.memory_gb["activations"] == pytest.approx(4 * two.memory_gb["activations"])
+    assert (eight.data, eight.micro_batches) == (two.data, two.micro_batches)  # these count prompts
+    assert 3 < eight.days / two.days < 4
+    assert eight.tokens_per_s * eight.step_s == pytest.approx(4 * two.tokens_per_s * two.step_s)
+    assert eight.mfu < 1
 
 
 def test_sampling_reads_all_weights_and_the_cache_for_each_token() -> None:
@@ -145,7 +162,9 @@ def test_the_plan_takes_the_fullest_phase() -> None:
     assert done.step_s == pytest.approx(sum(done.step_parts_s.values()))
     assert {"rollout_s", "score_s"} < set(done.step_parts_s)
     assert estimate(e, "sft").phases == {}
-    assert done.checkpoint_gb > 2 * estimate(e, "sft").checkpoint_gb
+    assert done.checkpoint_gb == pytest.approx(28 / 12 * estimate(e, "sft").checkpoint_gb)
+    without = compose("instructgpt-6b", ["stages.ppo.options.ema=null"]).experiment
+    assert estimate(without, "ppo").checkpoint_gb == pytest.approx(24 / 28 * done.checkpoint_gb)
     more = replace(e.stages["ppo"], options=e.stages["ppo"].options | {"rollout_batch": 1024})
     (forced,) = plan(replace(e, stages={**e.stages, "ppo": more}), ["ppo"], force=True)
     assert forced.memory_gb == forced.phases["rollout"]
@@ -157,6 +176,13 @@ def test_minibatches_split_over_the_data_ranks() -> None:
     (problem,) = check(e, "ppo")
     assert "512 does not divide by `options.minibatches` 24 x data 16 x micro_batch 2 = 768" in problem.message
     assert "may be 768" in problem.hint
+
+
+def test_text_to_mix_in_splits_over_the_data_ranks() -> None:
+    assert not check(compose("instructgpt-6b", ["stages.ppo.options.ptx_ratio=0.5"]).experiment, "ppo")  # 32
+    (problem,) = check(compose("instructgpt-6b", ["stages.ppo.options.ptx_ratio=1.25"]).experiment, "ppo")
+    assert "1.25 x 64 responses of a minibatch = 80 does not divide by data 16 x micro_batch 2 = 32" in problem.message
+    assert problem.hint == "`stages.ppo.options.ptx_ratio` may be 1 or 2"
 
 
 def test_layouts_are_found_for_ppo_too() -> None:

@@ -20,7 +20,7 @@ import pytest
 from orchestrator import submit as submitting
 from orchestrator.compose import Composed, compose
 from orchestrator.errors import ConfigError, DataError, LaunchError, PlanError
-from orchestrator.relayout import announcements
+from orchestrator.relayout import announcements, what_counts
 from orchestrator.run import Attempt, Run, Submission, list_runs, write_json
 from orchestrator.spec import StageSpec, in_order, layout_of
 
@@ -195,6 +195,13 @@ def test_what_is_passed_to_the_engine_belongs_to_the_layout():
     stage = StageSpec(kind="pretrain", engine="deepspeed")
     other = dataclasses.replace(stage, engine_config={"pipeline": {"partition": "parameters"}})
     assert layout_of(stage, 4) != layout_of(other, 4)
+
+
+def test_room_for_more_responses_is_no_other_config(composed):
+    e = composed().experiment
+    stages = [{"s": StageSpec(kind="reward", options={"responses": n})} for n in (2, 9)]
+    two, nine = (what_counts(dataclasses.replace(e, stages=s), "s") for s in stages)
+    assert two == nine
 
 
 def test_the_layout_of_a_run_may_change(composed, caplog):

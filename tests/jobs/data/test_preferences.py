@@ -24,7 +24,7 @@ def data(tmp_path_factory):
     lines = [json.dumps({"prompt": f"{k}?", "responses": r}) + "\n" for k, r in enumerate(RESPONSES)]
     (folder / "p.jsonl").write_text("".join(lines))
     chat = Chat.open(DataSpec(tokenizer=str(folder / "tokenizer.json"), chat=ChatSpec(end="<|end|>")))
-    return Preferences(Files(names=[str(folder / "p.jsonl")]), chat, seq_len=32, seed=3), chat
+    return Preferences(Files(names=[str(folder / "p.jsonl")]), chat, seq_len=32, seed=3, responses=4), chat
 
 
 def test_every_pair_of_a_prompt_is_in_its_batch_and_prompts_weigh_alike(data):
@@ -45,6 +45,13 @@ def test_every_pair_of_a_prompt_is_in_its_batch_and_prompts_weigh_alike(data):
         prompt = next(k for k, r in enumerate(RESPONSES) if better in r)
         weights[prompt] = weights.get(prompt, 0) + weight
     assert weights == pytest.approx({0: 1, 1: 1, 2: 1})
+
+
+def test_more_responses_than_the_plan_made_room_for_are_refused(data, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "?", "responses": RESPONSES[1]}) + "\n")
+    with pytest.raises(DataError, match=r"p\.jsonl has 4 responses, and `options\.responses` is 3") as caught:
+        Preferences(Files(names=[str(tmp_path / "p.jsonl")]), data[1], seq_len=32, seed=3, responses=3)
+    assert "`options.responses=4`" in caught.value.hint
 
 
 def test_an_epoch_has_every_prompt_once_and_the_next_in_another_order(data):

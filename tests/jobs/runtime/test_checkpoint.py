@@ -3,14 +3,18 @@
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import save_file
 
-from jobs.runtime import checkpoint, dist
+from jobs.runtime import checkpoint, dist, resume
+from jobs.runtime.job import Job
 from orchestrator.errors import CheckpointError
+from orchestrator.run import Attempt, Run
+from orchestrator.spec import ClusterSpec, Experiment, ModelSpec, StageSpec
 
 
 def _save(ranks, root, step, *, keep=3, elements=0, expected_bytes=0, current=(True, True), fails=None):
@@ -141,6 +145,36 @@ def test_a_full_disk_loses_nothing(tmp_path):
         assert [p.name for p in small.iterdir()] == ["step-0000001"]
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def _asks(ranks, root):
+    model = ModelSpec(layers=10**6, hidden=10**6, heads=1)
+    stage = StageSpec(kind="ppo")
+    cluster = ClusterSpec(gpu="cpu", gpus_per_node=1, gpu_memory_gb=1, gpu_tflops=1)
+    job = Job(
+        run=Run(folder=root, experiment="x", stage="ppo", index=1, key="ppo"),
+        experiment=Experiment(name="x", model=model, cluster=cluster, stages={"ppo": stage}),
+        stage=stage,
+        options=None,
+        ranks=ranks,
+        attempt="1",
+        record=Attempt(name="1", job_id="", world=1, host="", started_at=0.0),
+    )
+    (root / "attempts").mkdir()
+    job.run.save()
+    parts, data = dict.fromkeys(("", "critic", "ema")), SimpleNamespace(tokenizer_sha256="", fingerprint="")
+    said = []
+    checkpoint.log.addFilter(lambda record: said.append(record.getMessage()) or True)
+    assert not resume.save(job, parts, data, resume.Position(), resume.Probe(data="", measure=float), {})
+    return said, model.params
+
+
+def test_a_save_of_ppo_asks_for_what_the_plan_says(tmp_path):
+    """Of a model so large that no disk has room for it: 28 bytes a parameter, and 2 % for what is beside."""
+    (((said,), params),) = run_ranks(_asks, 1, tmp_path)
+    assert "it takes" in said
+    asked = float(said.partition("it takes ")[2].partition(" GB")[0])
+    assert asked == pytest.approx(28 * 1.02 * params / 1e9)
 
 
 def test_identity_names_every_difference(tmp_path):
