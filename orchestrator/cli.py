@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import os
 import shlex
 import sys
@@ -18,6 +19,17 @@ from orchestrator.errors import LaunchError, OrchError
 if TYPE_CHECKING:
     from orchestrator.compose import Composed
     from orchestrator.run import Run
+
+
+class Finite(click.FloatRange):
+    """A number within bounds; NaN is within none, and infinity is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As a float."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{found} is no finite number.", param, ctx)
+        return found
 
 
 class Ordered(click.Group):
@@ -459,11 +471,11 @@ def _sampling(command: Any) -> Any:
     """The options that say how a model writes."""
     for option in (
         click.option("--seed", type=int, default=0, show_default=True, help="The same seed writes the same text."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+        click.option("--top-p", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
                      help="Draw from the likeliest that together have this probability."),
         click.option("--top-k", type=click.IntRange(0), default=0, show_default=True,
                      help="Draw from so many likeliest tokens; 0: from all."),
-        click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True,
+        click.option("--temperature", type=Finite(0), default=1.0, show_default=True,
                      help="Divides the logits; 0: always the likeliest token."),
         click.option("--max-tokens", type=click.IntRange(1), metavar="N",
                      help="Of a response. Default: 256, or what the context has room for."),
@@ -494,7 +506,7 @@ def generate(root: Path, run: str, prompts: Sequence[str], file: Any, step: int 
     """
     from orchestrator import use
 
-    asked = [*prompts, *(use.read_prompts(file, file.name) if file else [])]
+    asked = [*prompts, *(use.read_prompts(use.lines_of(file, file.name), file.name) if file else [])]
     if not asked:
         raise click.UsageError("give `--prompt` or `--file`")
     found = use.run_of(root, run)
@@ -520,7 +532,8 @@ def chat(root: Path, run: str, file: Any, step: int | None, **how: Any) -> None:
     live = file is None and sys.stdin.isatty()
     found = use.run_of(root, run)
     checkpoint = use.language_model(found, step)
-    lines = use.typed() if live else filter(None, map(str.strip, file or sys.stdin))
+    given = file or sys.stdin
+    lines = use.typed() if live else filter(None, map(str.strip, use.lines_of(given, given.name)))
     use.chat(found, checkpoint, lines, live=live, **how)
 
 
@@ -538,7 +551,7 @@ def lineage(root: Path, run: str, as_json: bool) -> None:
     from orchestrator import show, submit
     from orchestrator.run import find_runs
 
-    found = made_of.of(find_runs(root, run)[-1], submit.state)
+    found = made_of.of(find_runs(root, run), submit.state)
     if as_json:
         show.as_json(found.to_json())
     else:
@@ -561,7 +574,7 @@ def export(root: Path, run: str, folder: Path, dtype: str, step: int | None) -> 
     from orchestrator.export import export as write
 
     found = use.run_of(root, run)
-    for file in write(found, use.language_model(found, step), folder, dtype=dtype):
+    for file in write(found, use.language_model(found, step, hashes=True), folder, dtype=dtype):
         click.echo(file)
 
 

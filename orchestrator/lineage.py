@@ -4,13 +4,14 @@ Read from the run folders and the data folder alone; MLflow is not asked. What a
 noted when it started (``attempts/``), not what lies there now. Where that is something else, the tree says so.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from orchestrator.run import SHORT, Checkpoint, Run, State, file_sha256, read_json
-from orchestrator.spec import Experiment, in_order, waits_for
+from orchestrator.spec import DataSpec, Experiment, in_order, waits_for
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -45,7 +46,7 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """The corpus, and every stage that has a part in the last one, in order."""
+    """The corpus, the stages asked for, and every stage that has a part in one of them, in order."""
 
     corpus: dict[str, Any]  # folder, tokenizer, sources with sizes and hashes
     stages: dict[str, Link]
@@ -55,15 +56,15 @@ class Lineage:
         return asdict(self)
 
 
-def of(run: Run, state: Callable[[Run], State]) -> Lineage:
-    """Where ``run`` comes from; ``state`` says how a run stands."""
-    experiment = run.spec()
-    order, wanted = in_order(experiment), {run.stage}
+def of(runs: Sequence[Run], state: Callable[[Run], State]) -> Lineage:
+    """Where ``runs``, of one experiment, come from; ``state`` says how a run stands."""
+    root, experiment = runs[-1].root, runs[-1].spec()
+    order, wanted = in_order(experiment), {run.stage for run in runs}
     for name in reversed(order):
         wanted |= {*waits_for(experiment, name)} if name in wanted else set()
-    corpus = _corpus(experiment)
-    links = {name: _link(run.root, experiment, name, corpus, state) for name in order if name in wanted}
-    return Lineage(corpus=corpus, stages=links)
+    now = cache(_now)  # several stages may have read the same file
+    links = {name: _link(root, experiment, name, state, now) for name in order if name in wanted}
+    return Lineage(corpus=_corpus(experiment), stages=links)
 
 
 def noted(run: Run) -> tuple[dict[str, str], dict[str, Checkpoint]]:
@@ -82,7 +83,7 @@ def saved(run: Run) -> Saved | None:
 
     for step in checkpoint.committed(run.checkpoints):
         folder = checkpoint.folder_of(run.checkpoints, step)
-        identity = read_json(folder / checkpoint.STATE, {}).get("identity", {})
+        identity = checkpoint.identity_of(folder)
         return {
             "step": step,
             "manifest_sha256": file_sha256(folder / checkpoint.MANIFEST),
@@ -101,7 +102,7 @@ def measured(run: Run) -> dict[str, float]:
 
 
 def _link(
-    root: Path, experiment: Experiment, stage: str, corpus: dict[str, Any], state: Callable[[Run], State]
+    root: Path, experiment: Experiment, stage: str, state: Callable[[Run], State], now: Callable[[Path], str]
 ) -> Link:
     folder, kind = root / experiment.name / stage, experiment.stages[stage].kind
     if not (folder / "run.json").exists():
@@ -120,30 +121,38 @@ def _link(
         loaded=loaded,
         saved=here,
         measured=measured(run),
-        changed=[*_changed(run, read, loaded), *_retokenized(here, corpus)],
+        changed=[*_changed(run, read, loaded, now), *_retokenized(here, experiment.data, now)],
     )
 
 
-def _changed(run: Run, read: dict[str, str], loaded: dict[str, Checkpoint]) -> Iterator[str]:
+def _now(file: Path) -> str:
+    """The SHA-256 of ``file``; empty where it is gone."""
+    return file_sha256(file) if file.is_file() else ""
+
+
+def _changed(
+    run: Run, read: dict[str, str], loaded: dict[str, Checkpoint], now: Callable[[Path], str]
+) -> Iterator[str]:
     """What ``run`` read and loaded and is not the same any more. Of a checkpoint that was retired nothing is said."""
     from jobs.runtime import checkpoint
 
     for file, digest in read.items():
         if file.startswith(BUILTIN):
             continue
-        now = file_sha256(Path(file)) if Path(file).is_file() else ""
-        if now != digest:
-            yield f"`{file}` was {digest[:SHORT]}, and is {now[:SHORT] or 'gone'}"
+        if (found := now(Path(file))) != digest:
+            yield f"`{file}` was {digest[:SHORT]}, and is {found[:SHORT] or 'gone'}"
     for stage, was in loaded.items():
         manifest = checkpoint.folder_of(run.folder.parent / stage / "checkpoints", was["step"]) / checkpoint.MANIFEST
-        if manifest.exists() and (now := file_sha256(manifest)) != was["manifest_sha256"]:
-            yield f"step {was['step']} of `{stage}` was {was['manifest_sha256'][:SHORT]}, and is {now[:SHORT]}"
+        if manifest.exists() and (found := now(manifest)) != was["manifest_sha256"]:
+            yield f"step {was['step']} of `{stage}` was {was['manifest_sha256'][:SHORT]}, and is {found[:SHORT]}"
 
 
-def _retokenized(here: Saved | None, corpus: dict[str, Any]) -> Iterator[str]:
-    was, now = here["tokenizer_sha256"] if here else "", corpus.get("tokenizer_sha256", "")
-    if was and now and was != now:
-        yield f"the tokenizer was {was[:SHORT]}, and `{corpus['folder']}` has {now[:SHORT]}"
+def _retokenized(here: Saved | None, data: DataSpec, now: Callable[[Path], str]) -> Iterator[str]:
+    from jobs.runtime.hf import tokenizer_of
+
+    was, file = here["tokenizer_sha256"] if here else "", tokenizer_of(data)
+    if was and (found := now(file)) != was:
+        yield f"the tokenizer `{file}` was {was[:SHORT]}, and is {found[:SHORT] or 'gone'}"
 
 
 def _corpus(experiment: Experiment) -> dict[str, Any]:

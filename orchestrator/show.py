@@ -66,8 +66,9 @@ def pasteable(text: str) -> str:
 
 
 def as_json(value: Any) -> None:
-    """Print ``value`` as JSON."""
-    print(json.dumps(value, indent=2, default=str))  # noqa: T201
+    """Print ``value`` as JSON, which has no NaN and no infinity: they are null."""
+    finite = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    print(json.dumps(finite, indent=2))  # noqa: T201
 
 
 # Plans

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ Ask = Callable[..., Iterator[dict[str, Any]]]
 NEW = "/new"  # what a user says to begin another conversation
 
 
+class Gone(OrchError):
+    """The process that holds the model has ended: nothing more can be asked."""
+
+
 def run_of(root: Path, name: str) -> Run:
     """The one run ``name`` means. Raises LaunchError for none, OrchError for several."""
     runs = find_runs(root, name)
@@ -33,11 +37,11 @@ def run_of(root: Path, name: str) -> Run:
     return runs[0]
 
 
-def language_model(run: Run, step: int | None) -> Path:
-    """The checkpoint of ``step``, or the newest that is whole.
+def language_model(run: Run, step: int | None, *, hashes: bool = False) -> Path:
+    """The checkpoint of ``step``, or the newest that is whole: by the sizes of its files, or by their ``hashes`` too.
 
     Raises:
-        CheckpointError: there is none, or it is of a model that writes no text.
+        CheckpointError: there is none, or it is damaged, or of a model that writes no text.
     """
     from jobs.runtime import checkpoint
     from jobs.runtime.job import Ranks
@@ -50,14 +54,15 @@ def language_model(run: Run, step: int | None) -> Path:
             f"`{run.name}` is a reward model: it gives scores and writes no text",
             hint=f"name the run it began with{base}, or one trained against it",
         )
-    if step is not None:
-        return checkpoint_of(run, step)
-    for found in checkpoint.committed(run.checkpoints):
+    checkpoint_of(run, step)  # where there is none, it says so
+    steps = checkpoint.committed(run.checkpoints) if step is None else [step]
+    for found in steps:
         folder = checkpoint.folder_of(run.checkpoints, found)
-        if not (problem := checkpoint.damage(folder, Ranks())):
+        if not (problem := checkpoint.damage(folder, Ranks(), hashes=hashes)):
             return folder
         log.warning("checkpoint `%s` is damaged and is passed over: %s", folder, problem)
-    return checkpoint_of(run, None)  # there is none: it says so
+    which = f"the checkpoint of step {step}" if step is not None else f"every one of {len(steps)} checkpoints"
+    raise CheckpointError(f"`{run.name}`: {which} is damaged", hint="restore it, or choose another with `--step`")
 
 
 @contextmanager
@@ -80,15 +85,16 @@ def serving(run: Run, checkpoint: Path) -> Iterator[Ask]:
     def message() -> dict[str, Any]:
         line = process.stdout.readline()  # type: ignore[union-attr]
         if not line:
-            raise OrchError(f"the model of `{run.name}` went away", hint="what it said last stands above")
+            raise Gone(f"the model of `{run.name}` went away", hint="what it said last stands above")
         said: dict[str, Any] = json.loads(line)
         if "error" in said:
             raise OrchError(said["error"], hint=said["hint"])
         return said
 
     def ask(**request: Any) -> Iterator[dict[str, Any]]:
-        process.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
+        with suppress(BrokenPipeError):  # then there is no message either
+            process.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
         while "done" not in (said := message()):
             yield said
 
@@ -113,6 +119,14 @@ def generate(run: Run, checkpoint: Path, prompts: Sequence[Any], *, as_json: boo
             if len(prompts) * how["samples"] > 1:
                 click.secho(f"== prompt {i + 1}, sample {sample + 1}", bold=True)
             click.echo(said["text"])
+
+
+def lines_of(file: Iterable[str], name: str) -> Iterator[str]:
+    """The lines of ``file``. Raises DataError where they are no UTF-8."""
+    try:
+        yield from file
+    except UnicodeDecodeError as e:
+        raise DataError(f"`{name}` is no UTF-8: {e}", hint="save it as UTF-8") from e
 
 
 def read_prompts(lines: Iterable[str], name: str) -> list[Any]:
@@ -150,6 +164,8 @@ def chat(
             turns.append({"role": "user", "content": line})
             try:
                 said = _stream(ask(prompts=[turns], stream=True, first=number, **how), show=not as_json)
+            except Gone:
+                raise
             except OrchError as error:
                 error.hint = f"`{NEW}` begins another conversation" if len(turns) > len(begin) + 1 else error.hint
                 if not live:
@@ -167,12 +183,15 @@ def typed() -> Iterator[str]:
     """What a person types, line by line, until Ctrl-D or Ctrl-C."""
     import readline  # noqa: F401 - gives `input` its history
 
+    piped = not sys.stdout.isatty()  # into a file, which is for answers alone
     click.echo(f"`{NEW}` begins another conversation, Ctrl-D ends", err=True)
     while True:
         try:
-            line = input("> ").strip()
+            if piped:
+                click.echo("> ", nl=False, err=True)
+            line = input("" if piped else "> ").strip()
         except (EOFError, KeyboardInterrupt):
-            click.echo()
+            click.echo(err=piped)
             return
         if line:
             yield line

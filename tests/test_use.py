@@ -4,28 +4,32 @@ import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file
+from tracked import make_chain
 
 from jobs import import_hf
 from jobs.data import bpe
 from jobs.data.chat import Chat
 from jobs.data.functions import functions
-from jobs.runtime import hf
+from jobs.runtime import checkpoint, hf
 from jobs.runtime.serve import Stream, load
-from orchestrator.errors import CheckpointError, ConfigError, DataError
+from orchestrator.cli import cli
+from orchestrator.errors import CheckpointError, ConfigError, DataError, OrchError
 from orchestrator.export import export
 from orchestrator.run import Run
 from orchestrator.spec import ChatSpec, ModelSpec
-from orchestrator.use import language_model
+from orchestrator.use import chat as talk
+from orchestrator.use import language_model, lines_of, serving
 
 ORCH = Path(sys.executable).with_name("orch")
 END = "<|endoftext|>"
@@ -200,28 +204,75 @@ def test_chat_keeps_the_conversation(chain):
     )
     try:
         os.write(ours, b"Hello\nAnd then?\n/new\nAnd then?\n\x04")
-        out, _ = process.communicate(timeout=240)
+        out, said = process.communicate(timeout=240)
     finally:
         process.kill()
         os.close(ours)
         os.close(theirs)
     shown = out.decode()
-    assert process.returncode == 0
+    assert process.returncode == 0 and ">" in said.decode() and not shown.startswith(">")
     assert shown.index(first["assistant"]) < shown.index(second["assistant"])
 
 
+def test_a_checkpoint_that_is_not_whole_is_not_used(tmp_path, caplog):
+    """Its files are measured before it talks, and hashed before it is exported."""
+    run = make_chain(tmp_path)[1]
+    before, newest = (checkpoint.folder_of(run.checkpoints, step) for step in (5, 9))
+    for folder in (before, newest):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("whole")
+        checkpoint.commit(folder, {})
+    (newest / "weights").write_text("other")
+    assert language_model(run, None) == language_model(run, 9) == newest
+    assert language_model(run, None, hashes=True) == before and "step-0000009` is damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="step 9 is damaged"):
+        language_model(run, 9, hashes=True)
+    (before / "weights").write_text("")
+    (newest / "weights").unlink()
+    for step, which in ((None, "every one of 2"), (5, "step 5"), (9, "step 9")):
+        with pytest.raises(CheckpointError, match=f"{which}.* is damaged") as refused:
+            language_model(run, step)
+        assert refused.value.hint
+
+
+def test_a_file_that_is_no_utf8_is_refused(tmp_path):
+    file = tmp_path / "latin.jsonl"
+    file.write_bytes('{"prompt": "für"}\n'.encode("latin-1"))
+    result = CliRunner().invoke(cli, ["generate", "t/sft", "--file", str(file)])
+    assert result.exit_code == 1 and "latin.jsonl` is no UTF-8" in result.stderr
+    with file.open(encoding="utf-8") as turns, pytest.raises(DataError, match="is no UTF-8"):
+        list(lines_of(turns, file.name))
+
+
+@pytest.mark.parametrize(("option", "value"), [("temperature", "nan"), ("temperature", "inf"), ("top-p", "nan")])
+def test_what_is_no_finite_number_is_refused(option, value):
+    result = CliRunner().invoke(cli, ["generate", "t/sft", "--prompt", "a", f"--{option}", value])
+    assert result.exit_code == 2 and "is no finite number" in result.stderr
+
+
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(chain, caplog):
+def test_what_fails_in_the_model_is_an_answer_and_its_end_ends_the_chat(chain, capsys):
     run = run_of(chain, "sft")
-    whole = language_model(run, None)
-    broken = shutil.copytree(whole, run.checkpoints / "step-0000009")
-    try:
-        file = next(broken.glob("pieces-*"))
-        file.write_bytes(file.read_bytes()[:-1] + b"?")
-        assert language_model(run, None) == whole
-    finally:
-        shutil.rmtree(broken)
-    assert "step-0000009` is damaged" in caplog.text
+    with serving(run, language_model(run, None)) as ask:
+        (child,) = psutil.Process().children()
+        child.rlimit(psutil.RLIMIT_AS, (child.memory_info().vms + 2**20, -1))
+        with pytest.raises(OrchError, match=r"(RuntimeError|MemoryError): ") as refused:
+            list(ask(prompts=["a " * 60], samples=16, max_tokens=60))
+        assert "for want of memory" in refused.value.hint
+        child.rlimit(psutil.RLIMIT_AS, (-1, -1))
+        assert [*ask(prompts=["a"], max_tokens=2)]
+
+    def says():
+        """A person who goes on talking while the process that answers is killed."""
+        yield "Hello"
+        (child,) = psutil.Process().children()
+        child.kill()
+        child.wait()
+        yield "And then?"
+        pytest.fail("asked for more")
+
+    with pytest.raises(OrchError, match="went away"):
+        talk(run, language_model(run, None), says(), system=None, as_json=False, live=True, max_tokens=2)
 
 
 def test_text_is_shown_as_soon_as_it_is_whole(place):
@@ -265,6 +316,15 @@ def test_another_model_is_refused_with_all_that_differs(place):
         assert words in str(refused.value)
     _, said = orch(place, "submit", "base.yaml", "name=u", "model.layers=3", "--dry-run", ok=1)
     assert "n_layer" in said and not (place / "runs" / "u").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "is no JSON"), ("[]", "holds no JSON object"), (None, "no `conf")])
+def test_a_config_that_is_none_is_refused(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=said) as refused:
+        hf.check_config(tmp_path, SPEC)
+    assert refused.value.hint
 
 
 def test_another_tokenizer_is_refused_and_the_same_in_other_words_is_not(place, tmp_path):

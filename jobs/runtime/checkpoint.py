@@ -129,6 +129,17 @@ def newest(root: Path, *, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def identity_of(folder: Path) -> dict[str, Any]:
+    """What the checkpoint in ``folder`` says it is of. Raises CheckpointError where that cannot be read."""
+    try:
+        return dict(read_json(folder / STATE, {}).get("identity", {}))
+    except (ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(
+            f"`{folder / STATE}` cannot be read: {e}",
+            hint="restore it, or remove this folder: the one before it counts",
+        ) from e
+
+
 def check_identity(folder: Path, saved: dict[str, Any], mine: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:
     """Refuse a checkpoint of another model, tokenizer or data.
 
@@ -191,8 +202,11 @@ def _commit(folder: Path, state: dict[str, Any], files: dict[str, list]) -> None
     write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
 
 
-def damage(folder: Path, ranks: Ranks) -> str:
-    """What is wrong with this rank's share of the files that the manifest of ``folder`` lists."""
+def damage(folder: Path, ranks: Ranks, *, hashes: bool = True) -> str:
+    """What is wrong with this rank's share of the files that the manifest of ``folder`` lists.
+
+    Without ``hashes``, what takes no reading: whether they are there, and their sizes.
+    """
     try:
         listed = read_json(folder / MANIFEST)["files"]
         for name, (size, digest) in list(listed.items())[ranks.rank :: ranks.world]:
@@ -201,7 +215,7 @@ def damage(folder: Path, ranks: Ranks) -> str:
                 return f"`{name}` is missing"
             if path.stat().st_size != size:
                 return f"`{name}` has {path.stat().st_size} bytes, not {size}"
-            if file_sha256(path) != digest:
+            if hashes and file_sha256(path) != digest:
                 return f"`{name}` does not match its SHA-256"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         return f"`{MANIFEST}` cannot be read: {e}"

@@ -106,9 +106,15 @@ def config_of(spec: ModelSpec, *, end: int, dtype: str) -> dict[str, Any]:
 def check_config(folder: Path, spec: ModelSpec) -> None:
     """Raise ConfigError unless ``config.json`` in ``folder`` is of the model ``spec``; it lists what differs."""
     refuse_other_models(spec)
-    said = read_json(folder / CONFIG)
+    hint = "name a folder that `save_pretrained` has written"
+    try:
+        said = read_json(folder / CONFIG)
+    except ValueError as e:
+        raise ConfigError(f"`{folder / CONFIG}` is no JSON: {e}", hint=hint) from e
     if said is None:
-        raise ConfigError(f"no `{CONFIG}` in `{folder}`", hint="name a folder that `save_pretrained` has written")
+        raise ConfigError(f"no `{CONFIG}` in `{folder}`", hint=hint)
+    if not isinstance(said, dict):
+        raise ConfigError(f"`{folder / CONFIG}` holds no JSON object", hint=hint)
     if said.get("model_type") != "gpt2":
         raise ConfigError(f"`{folder / CONFIG}` is of a `{said.get('model_type')}` model", hint="only gpt2 can enter")
     differ = []
@@ -133,7 +139,7 @@ def identified(folder: Path, experiment: Experiment) -> Chat:
         DataError: the tokenizer is gone.
     """
     chat = Chat.open(experiment.data)
-    saved = read_json(folder / checkpoint.STATE)["identity"]
+    saved = checkpoint.identity_of(folder)
     checkpoint.check_identity(folder, saved, identity(experiment.model, chat), free=("data",))
     return chat
 

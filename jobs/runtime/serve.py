@@ -49,15 +49,23 @@ def main(run_folder: str, folder: str) -> None:
         model, chat = load(run, Path(folder))
         raw = run.spec().stages[run.stage].kind in RAW
         say(ready=f"`{folder}`", raw=raw)
-    except OrchError as e:
-        say(error=str(e), hint=e.hint)
+    except (OrchError, RuntimeError, MemoryError) as e:
+        say(**refusal(e))
         return
     for line in sys.stdin:
         try:
             answer(model, chat, json.loads(line), say, raw=raw)
             say(done=True)
-        except OrchError as e:
-            say(error=str(e), hint=e.hint)
+        except (OrchError, RuntimeError, MemoryError) as e:
+            say(**refusal(e))
+
+
+def refusal(error: Exception) -> dict[str, str]:
+    """What is said of ``error``; a GPU without room raises a RuntimeError."""
+    if isinstance(error, OrchError):
+        return {"error": str(error), "hint": error.hint}
+    said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return {"error": said, "hint": "for want of memory? ask for fewer samples or tokens, or where there is more"}
 
 
 def load(run: Run, folder: Path) -> tuple[GPT, Chat]:

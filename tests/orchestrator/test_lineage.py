@@ -18,7 +18,7 @@ from orchestrator.run import Run
 from orchestrator.store import Sent, connect, tracking_uri
 from orchestrator.submit import state
 
-TOKENIZER, FINGERPRINT = "a" * 64, "b" * 64
+TOKENIZER, FINGERPRINT = hashlib.sha256(b"a tokenizer").hexdigest(), "b" * 64
 
 
 def save_checkpoint(run: Run, step: int, weights: str) -> None:
@@ -43,6 +43,7 @@ def trained(root: Path, uri: str | None) -> list[Run]:
     """`pretrain` and `sft`, done, over a corpus and a file of examples."""
     runs = make_chain(root, uri=uri)
     (root / "data").mkdir()
+    (root / "data" / "tokenizer.json").write_text("a tokenizer")
     split = {"documents": 3, "tokens": 900, "bytes": 2_500_000, "bin_sha256": "c" * 64}
     record = {"tokenizer_sha256": TOKENIZER, "vocab": 512, "sources": {"py": {"train": split, "val": split}}}
     (root / "data" / "dataset.json").write_text(json.dumps(record))
@@ -105,24 +106,49 @@ def test_the_folders_alone_say_what_a_run_was_made_of(chain, tmp_path):
 def test_what_is_not_any_more_what_was_read_is_told(chain, tmp_path):
     (tmp_path / "asked.jsonl").write_text('{"prompt": "a", "response": "other"}\n')
     save_checkpoint(chain[0], 100, "trained anew")
-    record = json.loads((tmp_path / "data" / "dataset.json").read_text())
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps(record | {"tokenizer_sha256": "d" * 64}))
-    stages = lineage.of(chain[1], state).stages
+    (tmp_path / "data" / "tokenizer.json").write_text("another one")
+    stages = lineage.of([chain[1]], state).stages
     assert [what.partition(" was ")[0] for what in stages["sft"].changed] == [
         f"`{tmp_path / 'asked.jsonl'}`",
         "step 100 of `pretrain`",
-        "the tokenizer",
+        f"the tokenizer `{tmp_path / 'data' / 'tokenizer.json'}`",
     ]
     assert len(stages["pretrain"].changed) == 1
     assert "changed since" in told(tmp_path, "demo/sft")
     (tmp_path / "asked.jsonl").unlink()
-    assert "and is gone" in lineage.of(chain[1], state).stages["sft"].changed[0]
+    assert "and is gone" in lineage.of([chain[1]], state).stages["sft"].changed[0]
+
+
+def test_an_experiment_shows_all_its_stages(chain, tmp_path):
+    spec = (chain[1].folder / "spec.yaml").read_text()
+    (chain[1].folder / "spec.yaml").write_text(spec.replace("init_from: pretrain", "init_from: null"))
+    assert list(json.loads(told(tmp_path, "demo", "--json"))["stages"]) == ["pretrain", "sft"]
+    assert list(json.loads(told(tmp_path, "demo/sft", "--json"))["stages"]) == ["sft"]
+
+
+def test_a_file_that_several_stages_read_is_hashed_once(chain, tmp_path, monkeypatch):
+    attempt = chain[0].attempts()[0]
+    attempt.read = {str(tmp_path / "asked.jsonl"): "0" * 64}
+    chain[0].save_attempt(attempt)
+    hashed: list[Path] = []
+    real = lineage.file_sha256
+    monkeypatch.setattr(lineage, "file_sha256", lambda path: hashed.append(path) or real(path))
+    stages = lineage.of(chain, state).stages
+    assert (len(stages["pretrain"].changed), stages["sft"].changed) == (1, [])
+    assert hashed.count(tmp_path / "asked.jsonl") == 1
+
+
+def test_a_damaged_state_of_a_checkpoint_is_named(chain, tmp_path):
+    (chain[0].checkpoints / "step-0000100" / "state.json").write_text("{")
+    result = CliRunner().invoke(cli, ["--runs", str(tmp_path), "lineage", "demo"])
+    assert (result.exit_code, result.exception.__class__) == (1, SystemExit)
+    assert "step-0000100/state.json` cannot be read" in result.stderr and "hint:" in result.stderr
 
 
 def test_a_stage_that_never_ran_is_missing(tmp_path):
     runs = make_chain(tmp_path)
     (runs[0].folder / "run.json").unlink()
-    stages = lineage.of(runs[1], state).stages
+    stages = lineage.of([runs[1]], state).stages
     assert (stages["pretrain"].state, stages["pretrain"].saved, stages["sft"].loaded) == ("missing", None, {})
     assert "missing" in told(tmp_path, "demo/sft")
 
