@@ -1,8 +1,9 @@
 """One canonical set of safetensors from a checkpoint of any engine, layout and number of ranks.
 
 Every tensor whole, in fp32, by the model's own name: weights in `model-*.safetensors`, AdamW's state in
-`optimizer-*.safetensors` as `exp_avg/<name>`, `exp_avg_sq/<name>` and `step/<name>`. The folder is a checkpoint itself:
-any engine and layout goes on from it. No torch; one tensor is held in memory at a time.
+`optimizer-*.safetensors` as `exp_avg/<name>`, `exp_avg_sq/<name>` and `step/<name>`. What lies below a checkpoint, such
+as the critic of PPO and the average of its actor, comes likewise below. The folder is a checkpoint itself: any engine
+and layout goes on from it. No torch; one tensor is held in memory at a time.
 """
 
 import math
@@ -45,38 +46,54 @@ def consolidate(
     import numpy as np
 
     from jobs.runtime import whole
-    from jobs.runtime.checkpoint import MANIFEST, STATE, damage
+    from jobs.runtime.checkpoint import MANIFEST, STATE, commit, damage
     from jobs.runtime.job import Ranks
-    from jobs.runtime.pieces import INDEX, Extent, Store
+    from jobs.runtime.pieces import Extent, Store
 
     if problem := damage(folder, Ranks()):
         raise CheckpointError(f"checkpoint `{folder}` is damaged: {problem}", hint="choose another with `--step`")
     partial = _begin(to, size_bytes(folder))
-    with Store(folder) as store:
+    hashed: dict[str, list] = {}
+    for model in _models(folder):
+        (partial / model).mkdir(exist_ok=True)
+        with Store(folder / model) as store:
 
-        def read(part: Part) -> np.ndarray:
-            slot, name, shape = part
-            flat = np.empty(math.prod(shape), np.float32)
-            store.read(Extent(slot=slot, name=name, shape=shape, cut=None, start=0, stop=flat.size), flat)
-            return flat
+            def read(part: Part, store: Store = store) -> np.ndarray:
+                slot, name, shape = part
+                flat = np.empty(math.prod(shape), np.float32)
+                store.read(Extent(slot=slot, name=name, shape=shape, cut=None, start=0, stop=flat.size), flat)
+                return flat
 
-        weights, state = _parts(store.index["tensors"])
-        files = whole.grouped("model", weights, file_bytes) | whole.grouped("optimizer", state, file_bytes)
-        hashed = {name: whole.write(partial / name, parts, read, wrote) for name, parts in files.items()}
+            weights, state = _parts(store.index["tensors"])
+            files = whole.grouped("model", weights, file_bytes)
+            files |= whole.grouped("optimizer", state, file_bytes) if state else {}
+            for name, parts in files.items():
+                hashed[str(Path(model, name))] = whole.write(partial / model / name, parts, read, wrote)
+        whole.write_index(partial / model, files)
     said = read_json(folder / STATE)
     layout = {"engine": "consolidated", "precision": said["layout"]["precision"], **whole.ALONE}
-    whole.commit(partial, files, {**said, "layout": layout}, hashed)
+    commit(partial, {**said, "layout": layout}, hashed)
     partial.rename(to)
-    return [to / name for name in sorted([*files, INDEX, STATE])] + [to / MANIFEST]
+    return [*sorted(p for p in to.rglob("*") if p.is_file() and p.name != MANIFEST), to / MANIFEST]
 
 
 def size_bytes(folder: Path) -> int:
     """Bytes of all tensors of the checkpoint in ``folder``."""
     from jobs.runtime.pieces import Store
 
-    with Store(folder) as store:
-        weights, state = _parts(store.index["tensors"])
-    return sum(4 * math.prod(shape) for *_, shape in [*weights, *state])
+    total = 0
+    for model in _models(folder):
+        with Store(folder / model) as store:
+            weights, state = _parts(store.index["tensors"])
+        total += sum(4 * math.prod(shape) for *_, shape in [*weights, *state])
+    return total
+
+
+def _models(folder: Path) -> list[str]:
+    """The folders of models in a checkpoint, relative to it: itself, "", and of PPO the critic's and the average's."""
+    from jobs.runtime.pieces import INDEX
+
+    return ["", *sorted(index.parent.name for index in folder.glob(f"*/{INDEX}"))]
 
 
 def _parts(entries: dict[str, Any]) -> tuple[list[Part], list[Part]]:
@@ -99,7 +116,7 @@ def _begin(to: Path, needs: int) -> Path:
     if to.exists():
         raise CheckpointError(f"`{to}` exists", hint="name a folder that does not, or remove it")
     partial = to.with_name(f"{to.name}.partial")
-    for path in partial.glob("*"):
+    for path in (p for p in partial.rglob("*") if not p.is_dir()):
         if path.name not in (INDEX, STATE, MANIFEST) and not FILE.fullmatch(path.name):
             raise CheckpointError(f"`{partial}` holds `{path.name}`, which is not of it", hint="move it elsewhere")
     if partial.exists():

@@ -75,6 +75,12 @@ def commit(
     folder: Path, files: Mapping[str, Sequence[Part]], state: dict[str, Any], hashed: Mapping[str, list] | None = None
 ) -> None:
     """Make ``folder`` a checkpoint, once each of ``files`` holds its parts in fp32; ``hashed``: what ``write`` said."""
+    write_index(folder, files)
+    checkpoint.commit(folder, state, hashed)
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[Part]]) -> None:
+    """Say in ``folder`` where each part is, once each of ``files`` holds its parts in fp32."""
     tensors: dict[str, Any] = {}
     for i, parts in enumerate(files.values()):
         for slot, name, shape in parts:
@@ -82,4 +88,3 @@ def commit(
                 tensors[name] = {"shape": shape, "cut": None, "pieces": {}}
             tensors[name]["pieces"][slot] = [[i, 0, 0, math.prod(shape)]]
     write_atomic(folder / INDEX, json.dumps({"format": FORMAT, "files": list(files), "tensors": tensors}))
-    checkpoint.commit(folder, state, hashed)

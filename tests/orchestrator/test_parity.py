@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jobs.runtime.checkpoint import damage
+from jobs.runtime import whole
+from jobs.runtime.checkpoint import commit, damage
 from jobs.runtime.job import Ranks
+from jobs.runtime.pieces import Store
 from orchestrator import parity
-from orchestrator.consolidate import consolidate
+from orchestrator.consolidate import consolidate, size_bytes
 from orchestrator.errors import CheckpointError
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
@@ -174,6 +176,31 @@ def test_one_that_was_broken_off(place, report, tmp_path):
     assert not partial.exists() and damage(tmp_path / "out", Ranks()) == ""
     tensors = sum(a.nbytes for f in (tmp_path / "out").glob("*.safetensors") for a in load_file(f).values())
     assert sum(sizes) == tensors
+
+
+def test_all_models_of_a_checkpoint(tmp_path):
+    """Of PPO: the actor, and below it the critic, and the average, which no optimizer keeps anything of."""
+    saved, to = tmp_path / "step-0000001", tmp_path / "to"
+    held = {}
+    for model, slots in (("", ("weight", "exp_avg")), ("critic", ("weight", "exp_avg")), ("ema", ("weight",))):
+        (saved / model).mkdir()
+        held[model] = {slot: np.random.default_rng(len(held)).random((3, 4), np.float32) for slot in slots}
+        files = {"all-0-of-1.safetensors": [(slot, "w", (3, 4)) for slot in slots]}
+        for name, parts in files.items():
+            whole.write(saved / model / name, parts, lambda part, of=held[model]: of[part[0]], lambda _: None)
+        whole.write_index(saved / model, files)
+    commit(saved, {"layout": {"precision": "fp32"}})
+    sizes = []
+    written = consolidate(saved, to, wrote=sizes.append)
+    assert sum(sizes) == size_bytes(saved) == 5 * 4 * 12
+    assert damage(to, Ranks()) == ""
+    for model, of in held.items():
+        files = [f for f in written if f.parent == to / model and f.suffix == ".safetensors"]
+        assert len(files) == len(of)
+        found = {key: a for f in files for key, a in load_file(f).items()}
+        assert all(np.array_equal(found[whole.key(slot, "w")], a) for slot, a in of.items())
+        with Store(to / model) as store:
+            assert "w" in store
 
 
 def test_the_command(place, report):
