@@ -215,8 +215,7 @@ def _identity(folder: Path) -> dict[str, Any]:
     from jobs.runtime import checkpoint
 
     steps = checkpoint.committed(folder / "checkpoints")
-    state = read_json(checkpoint.folder_of(folder / "checkpoints", steps[0]) / checkpoint.STATE, {}) if steps else {}
-    return dict(state.get("identity", {}))
+    return checkpoint.identity_of(checkpoint.folder_of(folder / "checkpoints", steps[0])) if steps else {}
 
 
 def _model(experiment: Experiment) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from orchestrator import inputs
 from orchestrator.checks import Problem
 from orchestrator.compose import compose
 from orchestrator.contracts import check
-from orchestrator.errors import DataError, PlanError
+from orchestrator.errors import CheckpointError, DataError, PlanError
 from orchestrator.plan import plan
 from orchestrator.spec import ChatSpec, Experiment
 from orchestrator.submit import submit
@@ -185,6 +185,14 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused_with_both_values(
     with pytest.raises(PlanError, match="2 problems"):
         plan(experiment, stages=["ppo"], root=tmp_path)
     assert plan(experiment, stages=["ppo"])  # nowhere to look
+
+
+def test_a_damaged_state_of_another_stage_is_named(config, tokenizer, tmp_path):
+    folder = leave(tmp_path, compose(config, ()).experiment, "sft", tokenizer)
+    (folder / "checkpoints" / "step-0000009" / "state.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="state.json` cannot be read") as refused:
+        problems(config, root=tmp_path)
+    assert refused.value.hint
 
 
 def test_a_template_of_before_is_refused_where_stages_learned_it(config, tokenizer, tmp_path):
