@@ -1,6 +1,7 @@
 """The `orch` command: help texts, errors, exit statuses, and whole runs from submit to resume."""
 
 import json
+import math
 import os
 import pty
 import re
@@ -21,6 +22,7 @@ from click.testing import CliRunner, Result
 from tracked import make_chain
 
 from launch import local
+from orchestrator import show
 from orchestrator.cli import cli
 from orchestrator.run import Attempt, Submission, list_runs
 
@@ -179,6 +181,12 @@ def test_show_and_plan_print_data(folder):
     table = orch("plan", "tiny.yaml")
     assert estimate["world"] == 2
     assert "train" in table.stdout and "`orch submit tiny.yaml`" in table.stderr
+
+
+def test_json_has_null_for_what_is_no_number(capsys):
+    show.as_json({"loss": [math.nan, math.inf, -math.inf, 1.5], "folder": Path("a")})
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"loss": [None, None, None, 1.5], "folder": "a"}
 
 
 def test_init_makes_configs_that_plan(folder):
