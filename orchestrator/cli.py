@@ -89,6 +89,7 @@ ANY_RUN = click.argument("run", required=False, shell_complete=_complete_run)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 STAGES = click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; may be given again.")
 STEP = click.option("--step", type=click.IntRange(0), metavar="N", help="Which checkpoint. Default: the newest.")
+AVERAGE = click.option("--average", is_flag=True, help="Of PPO: the moving average of the weights.")
 DETACH = click.option("-d", "--detach", is_flag=True, help="Return at once and leave it running.")
 
 
@@ -491,9 +492,12 @@ def _sampling(command: Any) -> Any:
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Responses to each prompt.")
 @_sampling
 @STEP
+@AVERAGE
 @JSON
 @click.pass_obj
-def generate(root: Path, run: str, prompts: Sequence[str], file: Any, step: int | None, **how: Any) -> None:
+def generate(
+    root: Path, run: str, prompts: Sequence[str], file: Any, step: int | None, average: bool, **how: Any
+) -> None:
     """Let a trained model answer.
 
     What was trained on conversations answers through its template, `data.chat`; what was pretrained goes on from
@@ -510,7 +514,7 @@ def generate(root: Path, run: str, prompts: Sequence[str], file: Any, step: int 
     if not asked:
         raise click.UsageError("give `--prompt` or `--file`")
     found = use.run_of(root, run)
-    use.generate(found, use.language_model(found, step), asked, **how)
+    use.generate(found, use.language_model(found, step, average=average), asked, **how)
 
 
 @cli.command()
@@ -519,9 +523,10 @@ def generate(root: Path, run: str, prompts: Sequence[str], file: Any, step: int 
 @click.option("--file", type=click.File(encoding="utf-8"), help="Turns of the user, one a line. Default: stdin.")
 @_sampling
 @STEP
+@AVERAGE
 @JSON
 @click.pass_obj
-def chat(root: Path, run: str, file: Any, step: int | None, **how: Any) -> None:
+def chat(root: Path, run: str, file: Any, step: int | None, average: bool, **how: Any) -> None:
     """Talk with a trained model, through the template of its run.
 
     On a terminal, answers appear as they are written. From a file or a pipe, each line is a turn, and the
@@ -531,7 +536,7 @@ def chat(root: Path, run: str, file: Any, step: int | None, **how: Any) -> None:
 
     live = file is None and sys.stdin.isatty()
     found = use.run_of(root, run)
-    checkpoint = use.language_model(found, step)
+    checkpoint = use.language_model(found, step, average=average)
     given = file or sys.stdin
     lines = use.typed() if live else filter(None, map(str.strip, use.lines_of(given, given.name)))
     use.chat(found, checkpoint, lines, live=live, **how)
@@ -563,8 +568,9 @@ def lineage(root: Path, run: str, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of weights.")
 @STEP
+@AVERAGE
 @click.pass_obj
-def export(root: Path, run: str, folder: Path, dtype: str, step: int | None) -> None:
+def export(root: Path, run: str, folder: Path, dtype: str, step: int | None, average: bool) -> None:
     """Write a trained model into FOLDER as transformers' GPT-2: weights, config, tokenizer, chat template.
 
     `AutoModelForCausalLM.from_pretrained` takes it, and so does a stage of kind `import_hf`. Models that GPT-2's
@@ -574,7 +580,7 @@ def export(root: Path, run: str, folder: Path, dtype: str, step: int | None) -> 
     from orchestrator.export import export as write
 
     found = use.run_of(root, run)
-    for file in write(found, use.language_model(found, step, hashes=True), folder, dtype=dtype):
+    for file in write(found, use.language_model(found, step, average=average, hashes=True), folder, dtype=dtype):
         click.echo(file)
 
 

@@ -21,6 +21,7 @@ from orchestrator.run import Run, find_runs
 log = logging.getLogger(__name__)
 
 Ask = Callable[..., Iterator[dict[str, Any]]]
+AVERAGE = "ema"  # below a checkpoint of PPO
 NEW = "/new"  # what a user says to begin another conversation
 
 
@@ -37,8 +38,10 @@ def run_of(root: Path, name: str) -> Run:
     return runs[0]
 
 
-def language_model(run: Run, step: int | None, *, hashes: bool = False) -> Path:
+def language_model(run: Run, step: int | None, *, average: bool = False, hashes: bool = False) -> Path:
     """The checkpoint of ``step``, or the newest that is whole: by the sizes of its files, or by their ``hashes`` too.
+
+    ``average``: the moving average of its weights, which PPO keeps in a folder below.
 
     Raises:
         CheckpointError: there is none, or it is damaged, or of a model that writes no text.
@@ -59,10 +62,19 @@ def language_model(run: Run, step: int | None, *, hashes: bool = False) -> Path:
     for found in steps:
         folder = checkpoint.folder_of(run.checkpoints, found)
         if not (problem := checkpoint.damage(folder, Ranks(), hashes=hashes)):
-            return folder
+            return _average(folder) if average else folder
         log.warning("checkpoint `%s` is damaged and is passed over: %s", folder, problem)
     which = f"the checkpoint of step {step}" if step is not None else f"every one of {len(steps)} checkpoints"
     raise CheckpointError(f"`{run.name}`: {which} is damaged", hint="restore it, or choose another with `--step`")
+
+
+def _average(checkpoint: Path) -> Path:
+    if not (checkpoint / AVERAGE).is_dir():
+        raise CheckpointError(
+            f"`{checkpoint}` has no average of the weights",
+            hint="a stage `ppo` keeps one, unless its `options.ema` is null; leave `--average` out",
+        )
+    return checkpoint / AVERAGE
 
 
 @contextmanager

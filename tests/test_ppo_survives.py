@@ -110,6 +110,9 @@ def test_killed_anywhere_it_goes_on(place, monkeypatch):
     assert len(others) == 3
     assert min(others) >= 3, "it went on from a checkpoint"
     assert exact(run) == exact(whole)
+    for more in ([], ["--average"]):
+        said = orch(place, "generate", "chain/again", "--prompt", "def f(self):", "--max-tokens=5", "--json", *more)
+        assert 1 <= json.loads(said.splitlines()[0])["tokens"] <= 5
 
 
 def exact(run):

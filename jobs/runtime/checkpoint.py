@@ -130,12 +130,13 @@ def newest(root: Path, *, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
 
 
 def identity_of(folder: Path) -> dict[str, Any]:
-    """What the checkpoint in ``folder`` says it is of. Raises CheckpointError where that cannot be read."""
+    """What the checkpoint in ``folder``, or around it, says it is of. Raises CheckpointError where that is broken."""
+    file = folder / STATE if (folder / STATE).exists() else folder.parent / STATE
     try:
-        return dict(read_json(folder / STATE, {}).get("identity", {}))
+        return dict(read_json(file, {}).get("identity", {}))
     except (ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(
-            f"`{folder / STATE}` cannot be read: {e}",
+            f"`{file}` cannot be read: {e}",
             hint="restore it, or remove this folder: the one before it counts",
         ) from e
 
