@@ -109,12 +109,13 @@ def _room(experiment: Experiment, name: str, max_tokens: int) -> Iterator[Proble
 
 
 def _start(experiment: Experiment, name: str) -> Iterator[Problem]:
-    """A policy that begins as nothing; it is also what it must not go far from."""
+    """A policy that begins as nothing, or as what writes no text; it is also what it must not go far from."""
     stage = experiment.stages[name]
-    if not stage.init_from:
-        tuned = [other for other, s in experiment.stages.items() if s.kind == "sft"]
+    tuned = [other for other, s in experiment.stages.items() if s.kind == "sft"]
+    if not stage.init_from or experiment.stages[stage.init_from].kind == REWARD:
+        what = f"`{stage.init_from}`, a reward model" if stage.init_from else "empty"
         yield Problem(
-            message=f"`stages.{name}.init_from` is empty, and `{stage.kind}` needs a model that answers",
+            message=f"`stages.{name}.init_from` is {what}, and `{stage.kind}` needs a model that answers",
             hint=f"`stages.{name}.init_from={tuned[-1] if tuned else 'sft'}`",
         )
 
@@ -150,6 +151,12 @@ def _rewards(experiment: Experiment, name: str, options: Any) -> Iterator[Proble
                 message=f"`{where}.options.rules`: `{rule}` names no function",
                 hint="write `package.module:function`",
             )
+    names = [rule.rpartition(":")[2] for rule in options.rules]
+    if len({*names}) < len(names):
+        yield Problem(
+            message=f"`{where}.options.rules` has several functions of one name: {', '.join(names)}",
+            hint="metrics go by the name of the function: give each its own",
+        )
     if options.reward is None:
         if not any(options.rules.values()):
             yield Problem(

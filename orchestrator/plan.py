@@ -120,8 +120,13 @@ def plan(
 
 
 def signal_lead_s(estimate: Estimate | None) -> int:
-    """How long before its end a job must be told, to save in time; None stands for a stage that does not train."""
-    return 60 + math.ceil(2 * estimate.save_s if estimate else 0)
+    """How long before its end a job must be told, to save in time; None stands for a stage that does not train.
+
+    A step is ended first. The minute is enough for one of training, not for one that has phases.
+    """
+    if estimate is None:
+        return 60
+    return 60 + math.ceil(2 * estimate.save_s + (estimate.step_s if estimate.phases else 0))
 
 
 def estimate(experiment: Experiment, name: str) -> Estimate:

@@ -81,6 +81,8 @@ def test_a_chain_that_fits_has_no_problems(config):
         ("after=[]", "`stages.ppo` learns from `reward`, and does not wait for it", "`stages.ppo.after=[reward]`"),
         ("options.reward=null", "`stages.ppo` has no reward", "a coefficient"),
         ("options.rules={my-rules.short: 1}", "`my-rules.short` names no function", "`package.module:function`"),
+        ("init_from=reward", "`stages.ppo.init_from` is `reward`, a reward model", "`stages.ppo.init_from=sft`"),
+        ("options.rules={a:good: 1, b:good: 0}", "several functions of one name: good, good", "give each its own"),
         ("options.examples=promts", "no examples `promts` in `data.examples`", "did you mean `prompts`?"),
         ("options.ptx_coef=1 options.temperature=0.7", "is 1 at `temperature` 0.7", "options.temperature=1`, or"),
     ],
@@ -190,7 +192,7 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused_with_both_values(
 def test_a_damaged_state_of_another_stage_is_named(config, tokenizer, tmp_path):
     folder = leave(tmp_path, compose(config, ()).experiment, "sft", tokenizer)
     (folder / "checkpoints" / "step-0000009" / "state.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="state.json` cannot be read") as refused:
+    with pytest.raises(CheckpointError, match=r"state\.json` cannot be read") as refused:
         problems(config, root=tmp_path)
     assert refused.value.hint
 
