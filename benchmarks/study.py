@@ -21,16 +21,17 @@ REPO = Path(__file__).resolve().parent.parent
 ORCH = Path(sys.executable).with_name("orch")
 CONFIG = REPO / "configs" / "chatgpt-demo.yaml"
 STAGES = ("pretrain", "sft", "compare", "reward", "ppo")
-# The gates of tests/test_demo.py: below what the worst of three seeds reached (benchmarks/README.md).
+# The gates of tests/test_demo.py: two deviations and more beyond the worst of three seeds, where that leaves anything to
+# hold, and for `quality` that it rose at all (benchmarks/notes/2026-11-22-study.md).
 GATES = {
-    "sft: drop of nats a token": (0.5, None),
+    "sft: drop of nats a token": (0.7, None),
     "reward: accuracy on pairs": (0.75, None),
-    "ppo: gain of reward": (0.5, None),
-    "ppo: gain of score": (0.4, None),
+    "ppo: gain of reward": (1.3, None),
+    "ppo: gain of score": (1.0, None),
     "ppo: gain of quality, a rule it never saw": (0.0, None),
     "ppo: tokens of a response": (11, None),
-    "ppo: KL, nats a response": (None, 12),
-    "ppo: distinct responses": (0.95, None),
+    "ppo: KL, nats a response": (None, 10),
+    "ppo: distinct responses": (0.94, None),
 }
 
 
@@ -103,7 +104,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
         row = [of[name] for of in found.values()]
         cells = [f"{value:.3f}" for value in row]
         if several:
-            worst = max(row) if GATES.get(name, (0, None))[1] is not None else min(row)
+            worst = max(row) if name == "minutes" or GATES.get(name, (0, None))[1] is not None else min(row)
             cells += [f"{worst:.3f}", f"{statistics.fmean(row):.3f}", f"{statistics.stdev(row):.3f}"]
         lines.append(f"{name:44}" + "".join(f"{cell:>10}" for cell in [*cells, _gate(name)]))
     return "\n".join(lines)
