@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parent.parent
 ORCH = Path(sys.executable).with_name("orch")
 CONFIG = REPO / "configs" / "chatgpt-demo.yaml"
 STAGES = ("pretrain", "sft", "compare", "reward", "ppo")
-# The gates of tests/test_demo.py: beyond the worst of three seeds by two deviations, where that leaves anything to hold;
+# The gates of tests/test_demo.py: beyond the worst of three seeds by two deviations, where that leaves anything;
 # of `quality`, that it rose at all (benchmarks/notes/2026-11-22-study.md).
 GATES = {
     "sft: drop of nats a token": (0.7, None),

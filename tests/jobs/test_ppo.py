@@ -67,13 +67,7 @@ def _place(folder):
     bpe.train(["abcdefghi " * 20], vocab=MODEL.vocab, end_of_text="<|end|>").save(str(folder / "tokenizer.json"))
     lines = [json.dumps({"prompt": "abcdefghi"[: k % 7 + 1] + "?", "bonus": k / 10}) + "\n" for k in range(12)]
     (folder / "p.jsonl").write_text("".join(lines))
-    files = [str(folder / "p.jsonl")]
-    return DataSpec(
-        folder=str(folder),
-        tokenizer=str(folder / "tokenizer.json"),
-        chat=ChatSpec(end="<|end|>"),
-        examples={"prompts": ExamplesSpec(train=files, val=files)},
-    )
+    return _data(folder)
 
 
 def _job(ranks, folder, name, stage, options=None):
@@ -85,7 +79,7 @@ def _job(ranks, folder, name, stage, options=None):
     stages = {name: stage}
     return Job(
         run=run,
-        experiment=Experiment(name="chain", model=MODEL, cluster=cluster, data=_place_of(folder), stages=stages),
+        experiment=Experiment(name="chain", model=MODEL, cluster=cluster, data=_data(folder), stages=stages),
         stage=stage,
         options=options,
         ranks=ranks,
@@ -94,7 +88,7 @@ def _job(ranks, folder, name, stage, options=None):
     )
 
 
-def _place_of(folder):
+def _data(folder):
     files = [str(folder / "p.jsonl")]
     return DataSpec(
         folder=str(folder),
@@ -139,7 +133,7 @@ def _learner(ranks, folder, engine, zero, tensor, options=OPTIONS, precision="fp
 
 def _told(ranks, folder, engines, precision="fp32"):
     """What each engine says of two steps, and its weights behind them."""
-    _stages_before(ranks, folder, Chat.open(_place_of(folder)))
+    _stages_before(ranks, folder, Chat.open(_data(folder)))
     told = {}
     for engine, zero, tensor in engines:
         learner = _learner(ranks, folder, engine, zero, tensor, precision=precision)
@@ -162,7 +156,7 @@ def _told(ranks, folder, engines, precision="fp32"):
 
 def reference_run(folder, responses_of):
     """Two steps of PPO as a list of metrics, and both models behind them."""
-    chat = Chat.open(_place_of(folder))
+    chat = Chat.open(_data(folder))
     actor, frozen = _model(GPT, 1), _model(GPT, 1)
     critic, reward = _model(Scorer, 2), _model(Scorer, 2)
     with torch.no_grad():
@@ -398,7 +392,7 @@ def test_a_hacked_reward_is_found(tmp_path):
 
 
 def _refused(ranks, folder):
-    chat = Chat.open(_place_of(folder))
+    chat = Chat.open(_data(folder))
     _stages_before(ranks, folder, chat)
     learner = _learner(ranks, folder, "torch", 0, 1)
     piece = next(p for p in learner.ask.reward.pieces() if p.name == "score.bias")
