@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-import math
 import os
 import shlex
 import sys
@@ -13,23 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from orchestrator import __version__
+from orchestrator import __version__, use_cli
 from orchestrator.errors import LaunchError, OrchError
+from orchestrator.options import ANY_RUN, CONFIG, CONTEXT, DETACH, JSON, OVERRIDES, RUN, STAGES
 
 if TYPE_CHECKING:
     from orchestrator.compose import Composed
     from orchestrator.run import Run
-
-
-class Finite(click.FloatRange):
-    """A number within bounds; NaN is within none, and infinity is refused."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As a float."""
-        found = super().convert(value, param, ctx)
-        if not math.isfinite(found):
-            self.fail(f"{found} is no finite number.", param, ctx)
-        return found
 
 
 class Ordered(click.Group):
@@ -72,25 +61,6 @@ def _say(word: str, color: str, text: str) -> None:
 
     plain = False if os.environ.get("NO_COLOR") else None
     click.echo(f"{click.style(word, fg=color, bold=True)} {pasteable(text)}", err=True, color=plain)
-
-
-def _complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Experiments and runs below the runs folder that is in force."""
-    root = Path((ctx.find_root().params or {}).get("runs") or os.environ.get("ORCH_RUNS") or "runs")
-    found = [f.parent.relative_to(root) for f in root.glob("*/*/run.json")]
-    return sorted(n for n in {str(p) for f in found for p in (f, f.parent)} if n.startswith(incomplete))
-
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-CONFIG = click.argument("config")
-OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-RUN = click.argument("run", shell_complete=_complete_run)
-ANY_RUN = click.argument("run", required=False, shell_complete=_complete_run)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-STAGES = click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; may be given again.")
-STEP = click.option("--step", type=click.IntRange(0), metavar="N", help="Which checkpoint. Default: the newest.")
-AVERAGE = click.option("--average", is_flag=True, help="Of PPO: the moving average of the weights.")
-DETACH = click.option("-d", "--detach", is_flag=True, help="Return at once and leave it running.")
 
 
 @click.group(cls=Ordered, context_settings=CONTEXT)
@@ -441,147 +411,8 @@ def parity(root: Path, config: str, overrides: Sequence[str], engines: str, as_j
         sys.exit(1)
 
 
-@cli.command()
-@RUN
-@STEP
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="Folder to write, which does not exist.")
-@click.pass_obj
-def consolidate(root: Path, run: str, step: int | None, to: Path) -> None:
-    """Write a checkpoint as one set of safetensors: whole tensors in fp32, by the model's own names.
-
-    Weights come into `model-*.safetensors`, the optimizer's state into `optimizer-*.safetensors`. Reads
-    checkpoints of every engine and layout. The folder is a checkpoint itself, which any of them goes on from.
-    """
-    from orchestrator.consolidate import checkpoint_of, size_bytes
-    from orchestrator.consolidate import consolidate as write
-    from orchestrator.run import find_runs
-    from orchestrator.show import bytes_bar
-
-    runs = find_runs(root, run)
-    if len(runs) > 1:
-        names = ", ".join(f"`{r.name}`" for r in runs)
-        raise OrchError(f"`{run}` has {len(runs)} runs: {names}", hint="name one of them")
-    folder = checkpoint_of(runs[0], step)
-    with bytes_bar(to.name, size_bytes(folder)) as wrote:
-        files = write(folder, to, wrote=wrote)
-    for file in files:
-        click.echo(file)
-
-
-def _sampling(command: Any) -> Any:
-    """The options that say how a model writes."""
-    for option in (
-        click.option("--seed", type=int, default=0, show_default=True, help="The same seed writes the same text."),
-        click.option("--top-p", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
-                     help="Draw from the likeliest that together have this probability."),
-        click.option("--top-k", type=click.IntRange(0), default=0, show_default=True,
-                     help="Draw from so many likeliest tokens; 0: from all."),
-        click.option("--temperature", type=Finite(0), default=1.0, show_default=True,
-                     help="Divides the logits; 0: always the likeliest token."),
-        click.option("--max-tokens", type=click.IntRange(1), metavar="N",
-                     help="Of a response. Default: 256, or what the context has room for."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-@cli.command()
-@RUN
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given again.")
-@click.option("--file", type=click.File(encoding="utf-8"), help="More, as JSONL: `prompt` or `messages`; `-`: stdin.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Responses to each prompt.")
-@_sampling
-@STEP
-@AVERAGE
-@JSON
-@click.pass_obj
-def generate(
-    root: Path, run: str, prompts: Sequence[str], file: Any, step: int | None, average: bool, **how: Any
-) -> None:
-    """Let a trained model answer.
-
-    What was trained on conversations answers through its template, `data.chat`; what was pretrained goes on from
-    the text. With --json, each response is a line: prompt, sample, text, tokens, and whether it came to its end.
-
-    \b
-    Examples:
-      orch generate demo/pretrain --prompt "def main(" --samples 3 --temperature 0.8
-      orch generate demo/ppo --file prompts.jsonl --json > responses.jsonl
-    """
-    from orchestrator import use
-
-    asked = [*prompts, *(use.read_prompts(use.lines_of(file, file.name), file.name) if file else [])]
-    if not asked:
-        raise click.UsageError("give `--prompt` or `--file`")
-    found = use.run_of(root, run)
-    use.generate(found, use.language_model(found, step, average=average), asked, **how)
-
-
-@cli.command()
-@RUN
-@click.option("--system", metavar="TEXT", help="What the conversation begins with.")
-@click.option("--file", type=click.File(encoding="utf-8"), help="Turns of the user, one a line. Default: stdin.")
-@_sampling
-@STEP
-@AVERAGE
-@JSON
-@click.pass_obj
-def chat(root: Path, run: str, file: Any, step: int | None, average: bool, **how: Any) -> None:
-    """Talk with a trained model, through the template of its run.
-
-    On a terminal, answers appear as they are written. From a file or a pipe, each line is a turn, and the
-    conversation is kept from one to the next.
-    """
-    from orchestrator import use
-
-    live = file is None and sys.stdin.isatty()
-    found = use.run_of(root, run)
-    checkpoint = use.language_model(found, step, average=average)
-    given = file or sys.stdin
-    lines = use.typed() if live else filter(None, map(str.strip, use.lines_of(given, given.name)))
-    use.chat(found, checkpoint, lines, live=live, **how)
-
-
-@cli.command()
-@RUN
-@JSON
-@click.pass_obj
-def lineage(root: Path, run: str, as_json: bool) -> None:
-    """Print what a run was made of, from the corpus on, with hashes.
-
-    Of each stage: the examples it read, the checkpoints it began with, its own newest one, what it reached on
-    held-out data, and its MLflow run. Says what has changed since it was read. Needs no MLflow.
-    """
-    from orchestrator import lineage as made_of
-    from orchestrator import show, submit
-    from orchestrator.run import find_runs
-
-    found = made_of.of(find_runs(root, run), submit.state)
-    if as_json:
-        show.as_json(found.to_json())
-    else:
-        show.out().print(made_of.tree(found), soft_wrap=True)
-
-
-@cli.command()
-@RUN
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Of weights.")
-@STEP
-@AVERAGE
-@click.pass_obj
-def export(root: Path, run: str, folder: Path, dtype: str, step: int | None, average: bool) -> None:
-    """Write a trained model into FOLDER as transformers' GPT-2: weights, config, tokenizer, chat template.
-
-    `AutoModelForCausalLM.from_pretrained` takes it, and so does a stage of kind `import_hf`. Models that GPT-2's
-    layout cannot express are refused. FOLDER must not exist.
-    """
-    from orchestrator import use
-    from orchestrator.export import export as write
-
-    found = use.run_of(root, run)
-    for file in write(found, use.language_model(found, step, average=average, hashes=True), folder, dtype=dtype):
-        click.echo(file)
+for command in (use_cli.consolidate, use_cli.generate, use_cli.chat, use_cli.lineage, use_cli.export):
+    cli.add_command(command)
 
 
 @cli.command()
