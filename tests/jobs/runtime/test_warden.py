@@ -30,7 +30,8 @@ def test_a_job_whose_run_was_resumed_by_another_leaves_at_once(run, monkeypatch)
 
 def test_where_slurm_does_not_answer_nodes_are_kept_as_they_are(run, monkeypatch, tmp_path):
     """What `sinfo` says of its failure is no list of nodes; the requeue after this must come."""
-    slurm = {"CONF": str(tmp_path / "none"), "JOB_ID": "8", "JOB_NUM_NODES": "2", "NTASKS_PER_NODE": "1"}
+    (tmp_path / "slurm.conf").write_text("")  # with none at all its commands look for one for a minute
+    slurm = {"CONF": str(tmp_path / "slurm.conf"), "JOB_ID": "8", "JOB_NUM_NODES": "2", "NTASKS_PER_NODE": "1"}
     for key, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
