@@ -254,7 +254,7 @@ def test_what_is_no_finite_number_is_refused(option, value):
 def test_what_fails_in_the_model_is_an_answer_and_its_end_ends_the_chat(chain, capsys):
     run = run_of(chain, "sft")
     with serving(run, language_model(run, None)) as ask:
-        (child,) = psutil.Process().children()
+        (child,) = (p for p in psutil.Process().children() if "jobs.runtime.serve" in p.cmdline())
         child.rlimit(psutil.RLIMIT_AS, (child.memory_info().vms + 2**20, -1))
         with pytest.raises(OrchError, match=r"(RuntimeError|MemoryError): ") as refused:
             list(ask(prompts=["a " * 60], samples=16, max_tokens=60))
@@ -265,7 +265,7 @@ def test_what_fails_in_the_model_is_an_answer_and_its_end_ends_the_chat(chain, c
     def says():
         """A person who goes on talking while the process that answers is killed."""
         yield "Hello"
-        (child,) = psutil.Process().children()
+        (child,) = (p for p in psutil.Process().children() if "jobs.runtime.serve" in p.cmdline())
         child.kill()
         child.wait()
         yield "And then?"

@@ -182,5 +182,6 @@ def test_the_printed_address_shows_every_stage(tmp_path):
                 assert client.get_run(run_id).info.status == "FINISHED"
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in servers)
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("demo", "empty", "mlartifacts", "mlflow.db", "mlflow-server.log", "profile", "dashboard.png", "empty.png")
+        *("demo", "empty", "mlartifacts", "mlflow.db", "mlflow-server.log", "profile", "dashboard.png", "empty.png"),
+        ".mlflow.db.lock",
     }
