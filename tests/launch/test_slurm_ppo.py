@@ -1,4 +1,4 @@
-"""The chain from fine-tuning to PPO over two nodes of a real Slurm, and an urgent job in the middle of PPO."""
+"""The chain from pretraining to PPO over two nodes of a real Slurm, and an urgent job in the middle of PPO."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ from jobs.data.functions import functions
 pytestmark = pytest.mark.slurm
 
 STEPS = 10
-STAGES = ("--stage", "sft", "--stage", "reward", "--stage", "ppo")
+STAGES = ("--stage", "pretrain", "--stage", "sft", "--stage", "reward", "--stage", "ppo")
 CHAIN = """
 defaults: [base]
 name: chain
@@ -32,8 +32,10 @@ data:
     preferences: {train: [%(folder)s/ranked.jsonl], val: [%(folder)s/ranked.jsonl]}
     prompts: {train: [%(folder)s/functions.jsonl], val: [%(folder)s/functions.jsonl]}
 stages:
+  pretrain: {after: [], steps: 10, eval_every: 0}
   sft: &train
     kind: sft
+    init_from: pretrain
     precision: fp32
     parallel: {nodes: 2, micro_batch: 2}
     global_batch: 8
