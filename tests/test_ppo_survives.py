@@ -8,7 +8,7 @@ from test_survive import orch, state, wait
 from jobs.data.functions import functions
 from orchestrator.run import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parity]
 
 CONFIG = """
 defaults: [cluster/local]

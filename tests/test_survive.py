@@ -148,7 +148,7 @@ def in_mlflow(folder, run):
     return [step for (step,) in steps], status
 
 
-ALWAYS = ("fsdp2", "zero1")  # the others with the parity tests
+ALWAYS = ("zero1",)  # the others with the parity tests
 
 
 @pytest.mark.parametrize(
