@@ -29,14 +29,17 @@ from orchestrator.timing import Software
 __all__ = ["Estimate", "Problem", "check", "estimate", "plan", "signal_lead_s"]
 
 # Nine of ten published rows are within this of `step_s` (docs/plan.md, "How far off").
-BAND = 0.12
+BAND = 0.10
 PPO_BAND = 0.4  # DeepSpeed-Chat's runs took 2 to 59 % longer than planned (docs/plan.md, "PPO and DPO")
 # How each engine runs: which gradients it sums, what it sends beside the backward pass (jobs/engines/).
 SOFTWARE = {
-    "torch": Software(grad_bytes=4, hides_data=True),
+    "torch": Software(grad_bytes=4, hides_data=True, gathers_by_all_ports=True),
     "deepspeed": Software(grad_bytes=2),
     "colossalai": Software(grad_bytes=2, hides_data=True),
 }
+# DeepSpeed's pipelines sum in fp32, all-reduce 2 bytes of that and gather weights of 2, as much as 4 scattered and 2
+# gathered (`PipelineEngine._bf16_reduce_grads`, `communication_data_type`, 0.19.8).
+DEEPSPEED_PIPELINE = Software(grad_bytes=4)
 ON_CPU = Software(grad_bytes=4, causal=False)
 
 
@@ -232,13 +235,20 @@ def _gb(parts: Mapping[str, float], cluster: ClusterSpec) -> dict[str, float]:
 def step_time(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec, batch: int) -> timing.Step:
     """The time of a step of ``batch`` sequences, as measured on this cluster if it was."""
     _, data, _ = layout(stage, cluster)
-    software = ON_CPU if cluster.gpu == "cpu" else SOFTWARE.get(stage.engine, Software())
+    software = ON_CPU if cluster.gpu == "cpu" else software_of(stage)
     micro_batches = max(1, batch // (data * stage.parallel.micro_batch))
     timed = phases.iteration if phases.frozen_models(stage) else timing.step
     step = timed(model, in_rows(stage), chip(cluster, stage.precision), data, micro_batches, software)
     if cluster.step_factor == 1:
         return step
     return type(step)(**{key: seconds * cluster.step_factor for key, seconds in vars(step).items()})
+
+
+def software_of(stage: StageSpec) -> Software:
+    """How the engine of ``stage`` runs on GPUs."""
+    if stage.engine == "deepspeed" and stage.parallel.pipeline > 1:
+        return DEEPSPEED_PIPELINE
+    return SOFTWARE.get(stage.engine, Software())
 
 
 def recomputed_flops_per_token(model: ModelSpec, p: ParallelPlan) -> float:

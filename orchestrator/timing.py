@@ -34,12 +34,14 @@ class Software:
     """What the training software does, beside what the plan says. The defaults are this project's engines'."""
 
     flash: bool = True  # attention keeps no s x s matrix in memory
+    flash_share: float = 1.0  # of the rate of FlashAttention-2, where a run had another kernel of the kind
     causal: bool = True  # and leaves its masked half out
     lean_loss: bool = True  # no fp32 logits in memory (jobs/nn/losses.py)
     grad_bytes: int = 2  # an element of the gradient that is accumulated and reduced
     kernel_s: float = 4e-6  # from the end of a kernel to the start of the next
     hides_tensor: str = "none"  # collectives of the tensor ranks run beside arithmetic: none, backward, all
     hides_data: bool = False  # gradients are reduced beside the last backward pass
+    gathers_by_all_ports: bool = False  # at ZeRO-3, as NCCL's rings can; DeepSpeed's reached less than one of them
     fused_sum: bool = False  # the product that makes a weight's gradient adds it to the sum
 
 
@@ -166,7 +168,7 @@ def _attention_s(model: ModelSpec, c: Chip, b: float, t: int, width: int, softwa
         for back in (False, True):
             dense = attention_s(c, s, d, heads * b, backward=back, causal=software.causal)
             masked = attention_s(c, s, d, heads * b, backward=back, causal=False)
-            parts.append((1 - banded) * dense + banded * masked)
+            parts.append(((1 - banded) * dense + banded * masked) / software.flash_share)
         return parts[0], parts[1]
     scores, dropped = s * s * heads * b, bool(model.dropout)
     products = matmul_s(c, s, s, d, batch=heads * b, width=width) + matmul_s(c, s, d, s, batch=heads * b, width=width)
@@ -244,7 +246,7 @@ def _data_s(
     ports = max(1, min(data, c.per_node // p.tensor))  # of a node's, that this group's ring may use
     rate = c.link if inside else min(c.link, c.network * ports)
     if p.zero == 3:
-        rate = c.link if inside else c.network * GATHER_SHARE
+        rate = rate if inside or software.gathers_by_all_ports else c.network * GATHER_SHARE
         moved = _ring_s(micro_batches * (2 * width + software.grad_bytes) * mine, data, rate)
         return tied + _hidden(moved, busy)
     moved = _ring_s((2 * software.grad_bytes if p.zero == 0 else software.grad_bytes + width) * mine, data, rate)

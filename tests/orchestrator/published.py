@@ -5,12 +5,15 @@ that repeat them (Megatron-LM, examples/sc21/run_table_1.sh); [K] Korthikanti et
 [H] Megatron-LM's README, weak scaling on H100 (micro-batches are not printed there: the best that fits is taken);
 [B] bigscience, train/tr11-176B-ml/chronicles-prequel.md, on A100 with 4 x 100 Gb/s a node, kernels launched one at a
 time (CUDA_LAUNCH_BLOCKING=1, section "dealing with JZ hanging"); [M] MegaScale, arXiv:2402.15627, table 2, its
-Megatron-LM baseline, looked at only after everything else stood.
+Megatron-LM baseline, looked at only after everything else stood; [L] llm-foundry, scripts/train/benchmarking/README.md,
+MPT under PyTorch's FSDP, likewise.
 """
 
+import csv
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from orchestrator.hardware import chip
+from orchestrator.hardware import NETWORK_SHARE, chip
 from orchestrator.spec import ClusterSpec, ModelSpec, ParallelPlan, StageSpec
 from orchestrator.timing import Software, step
 
@@ -19,7 +22,10 @@ A100 = ClusterSpec(
     gpu="A100-SXM4-80GB", gpus_per_node=8, gpu_memory_gb=80, gpu_tflops=312, matmul_tflops=271.2, memory_gb_per_s=2039,
     link_gb_per_s=300, network_gb_per_s=25,
 )  # fmt: skip
-JEAN_ZAY = replace(A100, network_gb_per_s=6.25)
+# Four Omni-Path ports of 100 Gb/s for eight GPUs. What NCCL gets out of one was measured there, on four nodes:
+# 40.5 Gb/s of 100, by rings that leave a node through one port and enter it through another (bigscience,
+# experiments/bandwidth/all_reduce_bench-a100-n4.txt, the median of 160). Two GPUs share that.
+JEAN_ZAY = replace(A100, network_gb_per_s=40.5 / 8 / 2 / NETWORK_SHARE)
 H100 = ClusterSpec(
     gpu="H100-SXM5-80GB", gpus_per_node=8, gpu_memory_gb=80, gpu_tflops=989, matmul_tflops=794.5, memory_gb_per_s=3350,
     link_gb_per_s=450, network_gb_per_s=50,
@@ -31,6 +37,9 @@ MEGATRON_2022 = Software(flash=False, lean_loss=False, grad_bytes=4, hides_tenso
 MEGATRON_CORE = Software(lean_loss=False, grad_bytes=4, hides_tensor="all", hides_data=True, fused_sum=True)
 # A hundred microseconds from kernel to kernel: issued by Python, launched, run, waited for.
 MEGATRON_DEEPSPEED = Software(flash=False, lean_loss=False, kernel_s=100e-6)
+# FlashAttention in Triton, which FlashAttention-2 is 1.3 to 2.5 times as fast as (arXiv:2307.08691, section 4.1): the
+# middle. The loss is fused, and in place.
+LLM_FOUNDRY = Software(flash_share=1 / 1.8, hides_data=True, gathers_by_all_ports=True)
 
 
 @dataclass(frozen=True)
@@ -167,17 +176,45 @@ BLOOM_FP32_GRADIENTS = [
     (14336, 70, 64, 8, 12, 4, 2, 2048, 121.63), (14336, 70, 112, 4, 12, 8, 2, 2048, 104.50),
     (14336, 70, 64, 4, 12, 8, 4, 2048, 102.27),
 ]  # fmt: skip
+# The other rows of the same pages, looked at only after everything else stood.
+BLOOM_HELD_OUT = [
+    (14336, 72, 64, 8, 6, 8, 4, 1568, 113.01), (14336, 72, 64, 8, 6, 8, 6, 2016, 123.57),
+    (14336, 72, 64, 8, 12, 4, 4, 2048, 117.07), (14336, 72, 64, 8, 12, 4, 2, 2048, 128.82),
+    (14336, 72, 64, 8, 4, 12, 2, 2016, 125.52), (14336, 72, 64, 8, 2, 24, 1, 2016, 145.45),
+    (14336, 72, 64, 4, 12, 8, 2, 2048, 110.48), (14336, 72, 64, 4, 6, 16, 4, 2048, 117.11),
+    (14336, 72, 64, 2, 12, 16, 2, 2048, 112.5), (14336, 72, 64, 2, 24, 8, 2, 2048, 122.75),
+    (13824, 78, 64, 4, 12, 8, 2, 2048, 103.51), (13824, 78, 128, 4, 12, 8, 2, 2048, 147.41),
+    (13824, 78, 96, 4, 12, 8, 4, 2048, 110.31), (13824, 78, 96, 8, 6, 8, 4, 2048, 118.12),
+    (14336, 72, 64, 4, 12, 8, 2, 2048, 110.42), (14336, 72, 128, 4, 12, 8, 4, 2048, 137.53),
+    (14336, 72, 128, 8, 6, 8, 4, 2048, 116.06), (13312, 84, 64, 4, 12, 8, 4, 2048, 113.21),
+    (13824, 78, 96, 4, 12, 8, 2, 512, 35.77), (13824, 78, 96, 4, 12, 8, 2, 1536, 83.11),
+    (13824, 78, 96, 8, 6, 8, 2, 2048, 133.57), (12288, 106, 96, 4, 12, 8, 2, 2048, 112.69),
+]  # fmt: skip
+BLOOM_FP32_GRADIENTS_HELD_OUT = [
+    (12288, 106, 96, 4, 12, 8, 2, 2048, 118.79), (12288, 106, 96, 4, 12, 8, 4, 2048, 120.34),
+    (12288, 100, 64, 8, 6, 8, 2, 2048, 139.72), (13312, 82, 64, 4, 12, 8, 2, 2048, 104.45),
+    (13312, 82, 128, 4, 12, 8, 2, 2048, 108.78), (13312, 94, 128, 4, 12, 8, 2, 2048, 124.1),
+    (14336, 70, 64, 4, 12, 8, 2, 2048, 102.03), (14336, 70, 128, 4, 12, 8, 2, 2048, 105.89),
+]  # fmt: skip
 
 
 def bloom() -> list[Row]:
+    return _bloom(BLOOM, 2) + _bloom(BLOOM_FP32_GRADIENTS, 4)
+
+
+def bloom_held_out() -> list[Row]:
+    return _bloom(BLOOM_HELD_OUT, 2) + _bloom(BLOOM_FP32_GRADIENTS_HELD_OUT, 4)
+
+
+def _bloom(table: list[tuple[int | float, ...]], grad_bytes: int) -> list[Row]:
     rows = []
-    for table, grad_bytes in ((BLOOM, 2), (BLOOM_FP32_GRADIENTS, 4)):
-        for hidden, layers, heads, t, p, data, b, batch, seconds in table:
-            m = gpt(layers, hidden, heads, vocab=250880)
-            plan = ParallelPlan(tensor=t, pipeline=p, micro_batch=b, recompute="full", zero=1)
-            name = f"B, {hidden} x {layers}, {heads} heads, t{t} p{p} d{data} b{b}, batch {batch}"
-            software = replace(MEGATRON_DEEPSPEED, grad_bytes=grad_bytes)
-            rows.append(Row(name, seconds, m, plan, t * p * data, batch, JEAN_ZAY, software))
+    for hidden, layers, heads, t, p, data, b, batch, seconds in table:
+        m = gpt(layers, hidden, heads, vocab=250880)
+        plan = ParallelPlan(tensor=t, pipeline=p, micro_batch=b, recompute="full", zero=1)
+        layout = f"t{t} p{p} d{data} b{b}, batch {batch}, {8 * grad_bytes} bit sums"
+        name = f"B, {hidden} x {layers}, {heads} heads, {layout}"
+        software = replace(MEGATRON_DEEPSPEED, grad_bytes=grad_bytes)
+        rows.append(Row(name, seconds, m, plan, t * p * data, batch, JEAN_ZAY, software))
     return rows
 
 
@@ -188,3 +225,27 @@ def megascale() -> list[Row]:
         Row(f"M table 2, Megatron-LM on {gpus}", seconds, m, plan, gpus, batch, A100, MEGATRON_2022)
         for gpus, batch, seconds in [(256, 768, 40.0), (1024, 768, 11.9), (6144, 6144, 14.78)]
     ]
+
+
+MPT_ON = {"h100_80gb": H100, "a100_80gb": A100, "a100_40gb": replace(A100, memory_gb_per_s=1555)}
+MPT = {"1b": (24, 2048, 16), "7b": (32, 4096, 32), "30b": (48, 7168, 56)}  # layers, hidden, heads
+
+
+def mpt() -> list[Row]:
+    """All rows in bf16. Those of more than 4,096 tokens hang on an attention kernel that is not ours."""
+    rows = []
+    with (Path(__file__).parent / "published_mpt.csv").open() as f:
+        for row in csv.DictReader(f):
+            seq_len, gpus, micro = int(row["seq_len"]), int(row["gpus"]), int(row["micro_batch"])
+            m = gpt(*MPT[row["model"]], vocab=50368, seq_len=seq_len, dropout=0)
+            assert m.params == int(row["params"])
+            zero = 3 if row["sharding"] == "FULL_SHARD" else 2
+            plan = replace(ParallelPlan(zero=zero, micro_batch=micro), recompute=row["recompute"])
+            batch = micro * int(row["turns"]) * gpus
+            measured = batch * seq_len / (gpus * int(row["tokens_per_s_per_gpu"]))
+            cluster = MPT_ON[row["gpu"]]
+            # Composer's DEFAULT sums gradients in fp32, its PURE in bf16
+            software = replace(LLM_FOUNDRY, grad_bytes=4 if row["mixed"] == "DEFAULT" else 2)
+            name = f"L, {row['model']}, {seq_len} tokens, {gpus} {row['gpu']}, micro-batch {micro}"
+            rows.append(Row(name, measured, m, plan, gpus, batch, cluster, software))
+    return rows

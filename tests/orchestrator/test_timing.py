@@ -8,19 +8,26 @@ import published
 import pytest
 
 from orchestrator.hardware import attention_s, chip, matmul_s
+from orchestrator.plan import BAND
 from orchestrator.spec import ParallelPlan, StageSpec
 from orchestrator.timing import COLLECTIVE_S, Software, Step, layer, rank_params, step
 
 A100 = chip(published.A100)
 # Known to be outside, and why: docs/plan.md, "Where it is wrong". None is fitted to.
 OUTSIDE = {
-    # 24 data ranks on a network of 6.25 GB/s a GPU: slower than its rate by a third
-    "B, 14336 x 72, 64 heads, t8 p2 d24 b2, batch 2016",
-    # a micro-batch of 1, 40 % slower than 2 in the same notes, where other shapes lose a tenth
-    "B, 13824 x 78, 64 heads, t4 p12 d8 b1, batch 2048",
-    # heads 128 wide, at this hidden size only
-    "B, 13312 x 82, 104 heads, t4 p12 d8 b2, batch 2048",
+    # 40 % slower than a micro-batch of 2 in the same table, where all other shapes lose a tenth at most
+    "B, 13824 x 78, 64 heads, t4 p12 d8 b1, batch 2048, 16 bit sums",
 }
+# Of the rows that were looked at last: as long as the same layout took for 2,048 sequences; a fifth fewer tokens on
+# each of 32 GPUs than on 16 or on 64.
+OUTSIDE_HELD_OUT = {
+    "B, 14336 x 72, 64 heads, t8 p6 d8 b4, batch 1568, 16 bit sums",
+    "L, 1b, 2048 tokens, 32 a100_40gb, micro-batch 10",
+}
+
+
+def mpt() -> list[published.Row]:
+    return [row for row in published.mpt() if row.model.seq_len <= 4096]
 
 
 @pytest.mark.parametrize(
@@ -29,14 +36,17 @@ OUTSIDE = {
         (published.megatron_2021, 0.03, 0.15),
         (published.megatron_2022, 0.06, 0.15),
         (published.megatron_core, 0.06, 0.15),
-        (published.bloom, 0.06, 0.15),
+        (published.bloom, 0.03, 0.15),
+        (published.bloom_held_out, 0.03, 0.15),
         (published.megascale, 0.06, 0.08),
+        (mpt, 0.06, 0.15),
     ],
 )
 def test_published_steps(rows: Callable[[], list[published.Row]], median: float, most: float) -> None:
     errors = {row.name: row.error for row in rows()}
     assert statistics.median(map(abs, errors.values())) <= median, errors
-    assert {name: e for name, e in errors.items() if abs(e) > most and name not in OUTSIDE} == {}
+    known = OUTSIDE | OUTSIDE_HELD_OUT
+    assert {name: e for name, e in errors.items() if abs(e) > most and name not in known} == {}
 
 
 def test_all_published_steps_together() -> None:
@@ -44,9 +54,10 @@ def test_all_published_steps_together() -> None:
     errors = {row.name: row.error for row in rows}
     assert len(errors) >= 60
     assert statistics.median(map(abs, errors.values())) <= 0.06
-    assert sorted(name for name, e in errors.items() if abs(e) > 0.15) <= sorted(OUTSIDE)
-    within = sum(abs(e) <= 0.12 for e in errors.values()) / len(errors)
-    assert within >= 0.9  # BAND in orchestrator/plan.py
+    assert {name for name, e in errors.items() if abs(e) > 0.15} <= OUTSIDE
+    held_out = [row.error for row in [*published.bloom_held_out(), *published.megascale(), *mpt()]]
+    for found in (errors.values(), held_out):
+        assert sum(abs(e) <= BAND for e in found) / len(found) >= 0.9
 
 
 def test_a_product_is_no_faster_than_the_chip() -> None:
