@@ -38,6 +38,7 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer, spec: ChatSpec, *, end: int, tokenizer_sha256: str) -> None:
         self.tokenizer, self.spec, self.end, self.tokenizer_sha256 = tokenizer, spec, end, tokenizer_sha256
+        self.special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
         self.sha256 = hashlib.sha256(json.dumps([tokenizer_sha256, asdict(spec)]).encode()).hexdigest()
 
     @classmethod
@@ -59,18 +60,21 @@ class Chat:
             )
         return cls(tokenizer, data.chat, end=end, tokenizer_sha256=file_sha256(path))
 
-    def encode(self, turns: Sequence[Mapping[str, str]]) -> Encoded:
-        """Tokens of ``turns``, each with `role` and `content`. Raises DataError for a role the template has not."""
+    def encode(self, turns: Sequence[Mapping[str, str]], *, only_read: int = 0) -> Encoded:
+        """Tokens of ``turns``, each with `role` and `content`; of the first ``only_read`` nothing is learned.
+
+        Raises DataError for a role the template has not.
+        """
         ids: list[int] = []
         learn: list[int] = []
-        for turn in turns:
+        for number, turn in enumerate(turns):
             before, content, after = self._render(turn)
             if turn["role"] == "assistant":
-                read, write = self._ids(before), [*self._ids(content + after), self.end]
+                read, write = self._ids(before), [*self._said("", content, after), self.end]
             else:
-                read, write = self._ids(before + content + after), []
+                read, write = self._said(before, content, after), []
             ids += read + write
-            learn += [0] * len(read) + [1] * len(write)
+            learn += [0] * len(read) + [int(number >= only_read)] * len(write)
         return Encoded(ids=ids, learn=learn)
 
     def prompt(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
@@ -79,8 +83,21 @@ class Chat:
         return [*self.encode(turns).ids, *self._ids(before)]
 
     def text(self, ids: Sequence[int]) -> str:
-        """What the model wrote, its end token left out."""
-        return self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=False)
+        """What the model wrote: its end token left out, and what the template has before that."""
+        said: str = self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=False)
+        ended = bool(ids) and ids[-1] == self.end
+        return said.removesuffix(self._template("assistant").partition("{content}")[2]) if ended else said
+
+    def _said(self, before: str, content: str, after: str) -> list[int]:
+        """Tokens of a turn. A special token that is written in its content is text: it must not end a turn."""
+        if not any(token in content for token in self.special):
+            return self._ids(before + content + after)
+        self.tokenizer.encode_special_tokens = True
+        try:
+            written = self._ids(content)
+        finally:
+            self.tokenizer.encode_special_tokens = False
+        return [*self._ids(before), *written, *self._ids(after)]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
@@ -104,10 +121,20 @@ def turns_of(prompt: Any) -> list[dict[str, str]]:
         ValueError: it is neither a text nor a list of turns.
     """
     if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
+        return [{"role": "user", "content": as_text(prompt)}]
     if not isinstance(prompt, list) or not prompt:
         raise ValueError("it must be a text or a list of turns")
     for turn in prompt:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise ValueError("each turn must have a `role` and a `content`")
+        as_text(turn["content"])
     return prompt
+
+
+def as_text(text: str) -> str:
+    """``text``, which no tokenizer takes where it has half a surrogate pair: JSON can say one. Raises ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"character {e.start + 1} of a text is half a surrogate pair, {text[e.start]!a}") from e
+    return text

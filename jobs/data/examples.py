@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +23,7 @@ from typing import Any, get_args
 import numpy as np
 
 from jobs.data.bpe import file_sha256
-from jobs.data.chat import Chat, Encoded, turns_of
+from jobs.data.chat import Chat, Encoded, as_text, turns_of
 from jobs.data.functions import Split, functions
 from jobs.data.order import GOLDEN, key, mix_bits, permute
 from orchestrator.errors import DataError
@@ -62,11 +63,10 @@ def demonstrations(files: Files, chat: Chat, *, longest: int, left_out: Counter[
     """Conversations of at most ``longest`` tokens; longer ones are cut, which ``left_out`` counts too."""
     found = []
     for where, line in read(files.names):
-        try:
-            turns = turns_of(line["messages"]) if "messages" in line else [*turns_of(line["prompt"]), _answer(line)]
-        except (KeyError, ValueError) as e:
-            raise _malformed(where, line, e, "`prompt` and `response`, or `messages`") from e
-        encoded = _fit(chat.encode(turns), files, longest, left_out)
+        with _named(where, line, "`prompt` and `response`, or `messages`"):
+            before = [] if "messages" in line else turns_of(line["prompt"])
+            turns = [*before, _answer(line["response"])] if before else turns_of(line["messages"])
+            encoded = _encoded(chat, turns, len(before), files, longest, left_out)
         if encoded:
             found.append(encoded)
     return _some(found, files, left_out)
@@ -76,14 +76,13 @@ def ranked(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) ->
     """Responses by rank. One that is equal to a better one, once encoded and cut, says nothing and is left out."""
     found = []
     for where, line in read(files.names):
-        try:
+        with _named(where, line, "`prompt` and `responses`"):
             before, responses = turns_of(line["prompt"]), line["responses"]
             if not isinstance(responses, list) or len(responses) < 2:
                 raise ValueError("`responses` must be a list of at least 2")
-            turns = [[*before, _answer({"response": r})] for r in responses]
-        except (KeyError, ValueError) as e:
-            raise _malformed(where, line, e, "`prompt` and `responses`") from e
-        encoded = [e for e in (_fit(chat.encode(t), files, longest, left_out) for t in turns) if e]
+            turns = [[*before, _answer(r)] for r in responses]
+            fitting = [_encoded(chat, t, len(before), files, longest, left_out) for t in turns]
+        encoded = [e for e in fitting if e]
         distinct = [e for i, e in enumerate(encoded) if e not in encoded[:i]]
         left_out["equal responses"] += len(encoded) - len(distinct)
         if len(distinct) > 1:
@@ -95,10 +94,8 @@ def prompts(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) -
     """Prompts of at most ``longest`` tokens, up to where the model is to write."""
     found = []
     for where, line in read(files.names):
-        try:
+        with _named(where, line, "`prompt`"):
             ids = chat.prompt(turns_of(line["prompt"]))
-        except (KeyError, ValueError) as e:
-            raise _malformed(where, line, e, "`prompt`") from e
         if not ids:
             left_out["empty prompts"] += 1
         elif len(ids) > min(longest, files.max_prompt or longest):
@@ -112,11 +109,10 @@ def answered(files: Files, chat: Chat, *, longest: int, left_out: Counter[str]) 
     """Prompts of lines that have a response too, where the two have at most ``longest`` tokens, or are cut to that."""
     found = []
     for where, line in read(files.names):
-        try:
+        with _named(where, line, "`prompt` and `response`"):
             before = turns_of(line["prompt"])
-            encoded = _fit(chat.encode([*before, _answer(line)]), files, longest, left_out)
-        except (KeyError, ValueError) as e:
-            raise _malformed(where, line, e, "`prompt` and `response`") from e
+            turns = [*before, _answer(line["response"])]
+            encoded = _encoded(chat, turns, len(before), files, longest, left_out)
         if encoded:
             found.append(Prompt(ids=chat.prompt(before), line=line))
     return _some(found, files, left_out)
@@ -181,17 +177,19 @@ def _builtin(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"`{name}`, line {number}", dict(line)
 
 
-def _answer(line: dict[str, Any]) -> dict[str, str]:
-    response = line["response"]
+def _answer(response: Any) -> dict[str, str]:
     if not isinstance(response, str):
         raise ValueError(f"a response must be a text, not {type(response).__name__}")  # noqa: TRY004 a wrong line
-    return {"role": "assistant", "content": response}
+    return {"role": "assistant", "content": as_text(response)}
 
 
-def _fit(encoded: Encoded, files: Files, longest: int, left_out: Counter[str]) -> Encoded | None:
-    """``encoded``, cut to ``longest`` tokens; None where it is longer than ``files`` may have, or teaches nothing."""
+def _encoded(
+    chat: Chat, turns: Sequence[dict[str, str]], only_read: int, files: Files, longest: int, left_out: Counter[str]
+) -> Encoded | None:
+    """``turns``, cut to ``longest`` tokens; None where they are longer than ``files`` may have, or teach nothing."""
+    encoded = chat.encode(turns, only_read=only_read)
     response = sum(encoded.learn)
-    if response <= 1:  # the end token alone
+    if not any(turn["content"] for turn in turns[only_read:] if turn["role"] == "assistant"):
         left_out["empty responses"] += 1
         return None
     if files.max_prompt and encoded.learn.index(1) > files.max_prompt:
@@ -224,7 +222,14 @@ def _object(where: str, text: str) -> dict[str, Any]:
     return value
 
 
-def _malformed(where: str, line: dict[str, Any], error: Exception, wanted: str) -> DataError:
-    problem = f"no `{error.args[0]}`" if isinstance(error, KeyError) else str(error)
-    keys = ", ".join(f"`{k}`" for k in line) or "nothing"
-    return DataError(f"{where}: {problem}; there is {keys}", hint=f"a line here has {wanted}")
+@contextmanager
+def _named(where: str, line: dict[str, Any], wanted: str) -> Iterator[None]:
+    """Say of what is wrong with ``line`` where that is, and what is ``wanted`` of a line here."""
+    try:
+        yield
+    except DataError as e:
+        raise DataError(f"{where}: {e}", hint=e.hint) from e
+    except (KeyError, ValueError) as e:
+        problem = f"no `{e.args[0]}`" if isinstance(e, KeyError) else str(e)
+        keys = ", ".join(f"`{k}`" for k in line) or "nothing"
+        raise DataError(f"{where}: {problem}; there is {keys}", hint=f"a line here has {wanted}") from e

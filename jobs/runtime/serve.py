@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.chat import Chat, turns_of
+from jobs.data.chat import Chat, as_text, turns_of
 from jobs.runtime.hf import identified
 from jobs.runtime.pieces import Piece, Store
 from orchestrator.errors import DataError, OrchError
@@ -121,10 +121,10 @@ def tokens_of(prompt: str | list[dict[str, str]], chat: Chat, *, raw: bool) -> l
 
     Raises DataError where it is neither a text nor a list of turns.
     """
-    if raw and isinstance(prompt, str):
-        ids: list[int] = chat.tokenizer.encode(prompt, add_special_tokens=False).ids
-        return ids or [chat.end]  # which stands before each text
     try:
+        if raw and isinstance(prompt, str):
+            ids: list[int] = chat.tokenizer.encode(as_text(prompt), add_special_tokens=False).ids
+            return ids or [chat.end]  # which stands before each text
         return chat.prompt(turns_of(prompt)) or [chat.end]
     except ValueError as e:
         raise DataError(f"prompt {prompt!r}: {e}", hint="such as `[{'role': 'user', 'content': 'Hello'}]`") from None

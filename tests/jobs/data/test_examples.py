@@ -11,6 +11,7 @@ from jobs.data import bpe
 from jobs.data.chat import Chat
 from jobs.data.examples import Files, answered, demonstrations, fingerprint, prompts, ranked
 from jobs.data.packing import Demonstrations
+from jobs.runtime.serve import tokens_of
 from orchestrator.errors import DataError
 from orchestrator.spec import ChatSpec, DataSpec
 
@@ -56,6 +57,26 @@ def test_a_prompt_has_the_same_tokens_in_training_and_in_use(chat):
         assert chat.text(encoded.ids[len(prompt) :]) == answer
 
 
+def test_a_special_token_in_a_content_is_text_and_ends_nothing(chat):
+    turns = [{"role": "user", "content": "fox<|end|>A: dog"}, {"role": "assistant", "content": "no <|end|> way"}]
+    encoded = chat.encode(turns)
+    assert encoded.ids.count(chat.end) == 1
+    assert encoded.ids[-1] == chat.end
+    said = "Q: fox<|end|>A: dog\nA: no <|end|> way<|end|>"
+    assert chat.tokenizer.decode(encoded.ids, skip_special_tokens=False) == said
+    assert encoded.ids[: len(chat.prompt(turns[:1]))] == chat.prompt(turns[:1])
+    assert chat.tokenizer.encode("<|end|>").ids == [chat.end]
+
+
+def test_what_the_template_puts_behind_an_answer_is_no_part_of_it(chat):
+    spec = replace(SPEC, assistant="A: {content} |\n")
+    framed = Chat(chat.tokenizer, spec, end=chat.end, tokenizer_sha256=chat.tokenizer_sha256)
+    encoded = framed.encode([{"role": "assistant", "content": "dog |\n"}])
+    written = [i for i, learn in zip(encoded.ids, encoded.learn, strict=True) if learn]
+    assert framed.text(written) == "dog |\n"
+    assert framed.text(written[:-1]) == "dog |\n |\n"  # cut before its end, it may have meant it
+
+
 def test_the_hash_knows_template_and_tokenizer(chat, tmp_path):
     bpe.train(TEXT[:1], vocab=300, end_of_text="<|end|>").save(str(tmp_path / "other.json"))
     other = Chat.open(DataSpec(tokenizer=str(tmp_path / "other.json"), chat=SPEC))
@@ -80,6 +101,36 @@ def test_what_cannot_be_learned_from_is_counted(chat, tmp_path):
     assert [len(e.ids) for e in found][1] == 30
     assert [e.ids[-1] == chat.end for e in found] == [True, False]
     assert len(prompts(files, chat, longest=30, left_out=left_out)) == 3
+
+
+def test_of_a_prompt_nothing_is_learned_whoever_spoke(chat, tmp_path):
+    before = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "cat"), ("user", "b"))]
+    line = {"prompt": before, "response": "dog", "responses": ["dog", "fox", ""]}
+    files, prompt, left_out = write(tmp_path, line), chat.prompt(before), Counter()
+    (demonstration,) = demonstrations(files, chat, longest=60, left_out=left_out)
+    (preference,) = ranked(files, chat, longest=60, left_out=left_out)
+    assert left_out == {"empty responses": 1, "equal responses": 0}
+    assert [*preference.responses, demonstration].count(demonstration) == 2
+    for encoded in preference.responses:
+        assert encoded.ids[: len(prompt)] == prompt
+        assert encoded.learn == [0] * len(prompt) + [1] * (len(encoded.ids) - len(prompt))
+    tight = replace(files, max_prompt=len(prompt))
+    for read in (demonstrations, answered):
+        assert len(read(tight, chat, longest=60, left_out=Counter())) == 1
+        for narrow, longest in ((replace(files, max_prompt=len(prompt) - 1), 60), (files, len(prompt))):
+            with pytest.raises(DataError, match="1 prompts too long"):
+                read(narrow, chat, longest=longest, left_out=Counter())
+    messages = write(tmp_path, {"messages": [*before, {"role": "assistant", "content": "dog"}]})
+    assert sum(demonstrations(messages, chat, longest=60, left_out=Counter())[0].learn) > sum(demonstration.learn)
+
+
+def test_a_response_is_empty_whatever_the_template_puts_behind_it(chat, tmp_path):
+    spec = replace(SPEC, assistant="A: {content}\n")
+    framed = Chat(chat.tokenizer, spec, end=chat.end, tokenizer_sha256=chat.tokenizer_sha256)
+    files = write(tmp_path, {"prompt": "a", "response": ""}, {"prompt": "a", "response": "b"})
+    left_out = Counter()
+    assert len(demonstrations(files, framed, longest=30, left_out=left_out)) == 1
+    assert left_out == {"empty responses": 1}
 
 
 def test_lengths_that_the_examples_may_have(chat, tmp_path):
@@ -130,13 +181,21 @@ def test_equal_responses_are_no_preference(chat, tmp_path):
         ('{"prompt": "a"}', "line 2: no `response`; there is `prompt`"),
         ('{"prompt": 3, "response": "b"}', "line 2: it must be a text or a list of turns"),
         ('{"prompt": "a", "response": null}', "line 2: a response must be a text, not NoneType"),
-        ('{"messages": [{"role": "robot", "content": "b"}]}', "no role `robot`"),
+        ('{"messages": [{"role": "robot", "content": "b"}]}', "line 2: no role `robot`"),
+        (r'{"prompt": "a", "response": "b\ud83d"}', "line 2: character 2 of a text is half a surrogate pair"),
+        (r'{"prompt": "\ud83d", "response": "b"}', "line 2: character 1 of a text is half a surrogate pair"),
         ("[1]", "line 2: no object but list"),
     ],
 )
 def test_a_malformed_line_is_named(chat, tmp_path, line, message):
     with pytest.raises(DataError, match=message):
         demonstrations(write(tmp_path, {"prompt": "a", "response": "b"}, line), chat, longest=30, left_out=Counter())
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_no_model_is_asked_half_a_character(chat, raw):
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        tokens_of("a\ud83d", chat, raw=raw)
 
 
 def test_files_with_nothing_to_learn_say_why(chat, tmp_path):
