@@ -62,7 +62,7 @@ class Problem:
 def check(experiment: Experiment, name: str) -> list[Problem]:
     """Every rule that stage ``name`` breaks. A stage that does not run on every GPU has few to keep."""
     stage, model, cluster = experiment.stages[name], experiment.model, experiment.cluster
-    found = list(_ranges(experiment, name))
+    found = list(ranges(experiment, name))
     if found:
         return found  # the other rules divide by these numbers
     found += _model(model)
@@ -83,7 +83,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
     return found
 
 
-def _ranges(experiment: Experiment, name: str) -> Iterator[Problem]:
+def ranges(experiment: Experiment, name: str) -> Iterator[Problem]:
     """Numbers that no run can have."""
     for words, (holds, keys) in RANGES.items():
         for key in keys.split():

@@ -114,12 +114,17 @@ def plan(
         estimates.append(e)
         if not (e.fits or force):
             problems.append(_does_not_fit(experiment, e))
-    if len(problems) == 1:
-        raise PlanError(problems[0].message, hint=problems[0].hint)
     if problems:
-        lines = [f"{i}. {p.message}" + (f"\n   hint: {p.hint}" if p.hint else "") for i, p in enumerate(problems, 1)]
-        raise PlanError("\n".join([f"{len(problems)} problems", *lines]))
+        raise refusal(problems)
     return estimates
+
+
+def refusal(problems: Sequence[Problem]) -> PlanError:
+    """All ``problems``, of which there is at least one, as one error."""
+    if len(problems) == 1:
+        return PlanError(problems[0].message, hint=problems[0].hint)
+    lines = [f"{i}. {p.message}" + (f"\n   hint: {p.hint}" if p.hint else "") for i, p in enumerate(problems, 1)]
+    return PlanError("\n".join([f"{len(problems)} problems", *lines]))
 
 
 def signal_lead_s(estimate: Estimate | None) -> int:

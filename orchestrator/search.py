@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.checks import check
+from orchestrator.checks import check, ranges
 from orchestrator.errors import PlanError
-from orchestrator.plan import Estimate, estimate, memory, overrides, step_time
+from orchestrator.plan import Estimate, estimate, memory, overrides, refusal, step_time
 from orchestrator.registry import find
 from orchestrator.spec import Experiment, Limits, ModelSpec, ParallelPlan, StageSpec
 
@@ -34,42 +34,72 @@ def search(
     """The ``top`` layouts of stage ``name`` on ``gpus``, or on as many as it asks for, best first.
 
     For `speed` on all of them. For `money`, the fewest GPU-hours, on all nodes, a half, a quarter and so on; for
-    `nodes`, the fewest of these that fit, and the fastest on them.
+    `nodes`, on the fewest that fit, and the fastest on them.
 
     Raises:
-        PlanError: nothing fits, or ``gpus`` are no whole nodes.
+        PlanError: nothing divides or fits, a rule is broken that no layout mends, or ``gpus`` are no whole nodes.
     """
     stage, cluster = experiment.stages[name], experiment.cluster
     if not find("jobs", stage.kind).PER_GPU:
         raise PlanError(f"stage `{name}` has no layout: kind `{stage.kind}` runs as one process")
+    if broken := list(ranges(experiment, name)):
+        raise refusal(broken)  # layouts divide by these numbers
     if gpus is not None and (gpus < 1 or gpus % cluster.gpus_per_node):
-        raise PlanError(
-            f"{gpus} GPUs are no whole nodes of {cluster.gpus_per_node}",
-            hint=f"`--gpus` may be a multiple of {cluster.gpus_per_node}",
-        )
+        below = gpus // cluster.gpus_per_node * cluster.gpus_per_node
+        near = " or ".join(str(n) for n in (below, below + cluster.gpus_per_node) if n)
+        raise PlanError(f"{gpus} GPUs are no whole nodes of {cluster.gpus_per_node}", hint=f"`--gpus` may be {near}")
     nodes = gpus // cluster.gpus_per_node if gpus else stage.parallel.nodes
     ranked: list[tuple[float, ParallelPlan]] = []
     for n in _node_counts(nodes, goal):
         # the tokens are given: days go with the step, GPU-hours with the step times the nodes
         ranked += [(step_s * (n if goal == "money" else 1), p) for step_s, p in _timed(experiment, stage, n)]
-        if ranked and goal == "nodes":
-            break
-    ranked.sort(key=lambda item: item[0])
-    best = _confirmed(experiment, name, [p for _, p in ranked], top)
-    if not best:
-        raise PlanError(
-            f"stage `{name}`: no layout of engine `{stage.engine}` fits {nodes * cluster.gpus_per_node} "
-            f"`{cluster.gpu}` of {cluster.gpu_memory_gb:g} GB",
-            hint="more GPUs with `--gpus`, larger ones with `cluster=`, or another `engine`",
-        )
-    return best
+        ranked.sort(key=lambda item: item[0])
+        if goal != "nodes" and n < nodes:
+            continue
+        if best := _confirmed(experiment, name, [p for _, p in ranked], top):
+            return best
+    raise _nothing(experiment, name, nodes, [p for _, p in ranked])
 
 
 def _node_counts(nodes: int, goal: Goal) -> list[int]:
-    """How many nodes to try: all of them; for other goals than speed fewer too, fewest first."""
+    """How many nodes to try, fewest first."""
     if goal == "speed":
         return [nodes]
+    if goal == "nodes":
+        return list(range(1, nodes + 1))
     return sorted({max(1, nodes >> k) for k in range(nodes.bit_length())})
+
+
+def _nothing(experiment: Experiment, name: str, nodes: int, fitting: list[ParallelPlan]) -> PlanError:
+    """Why ``nodes`` have no layout: a rule that those ``fitting`` break, sizes that do not divide, or memory."""
+    stage, cluster = experiment.stages[name], experiment.cluster
+    limits: Limits = find("jobs.engines", stage.engine).LIMITS
+
+    def layouts(n: int) -> Iterator[ParallelPlan]:
+        return _layouts(experiment.model, stage, n, cluster.gpus_per_node)
+
+    def refused(p: ParallelPlan) -> bool:
+        return bool(limits.refusals(replace(stage, parallel=p)))
+
+    first = next(layouts(nodes), None)
+    broken = fitting[0] if fitting else first if first and all(map(refused, layouts(nodes))) else None
+    if broken:
+        other = replace(experiment, stages={**experiment.stages, name: replace(stage, parallel=broken)})
+        return refusal(check(other, name))
+    where = f"{nodes * cluster.gpus_per_node} `{cluster.gpu}`"
+    if first:
+        return PlanError(
+            f"stage `{name}`: no layout of engine `{stage.engine}` fits {where} of {cluster.gpu_memory_gb:g} GB",
+            hint="more GPUs with `--gpus`, larger ones with `cluster=`, or another `engine`",
+        )
+    fewer, more = range(nodes, 0, -1), range(nodes, 4 * nodes)
+    near = [n for counts in (fewer, more) if (n := next((n for n in counts if any(layouts(n))), 0))]
+    said = " or ".join(str(n * cluster.gpus_per_node) for n in near)
+    return PlanError(
+        f"stage `{name}`: batches of {_batch_unit(stage)} do not divide by the data ranks that {where} make, however "
+        f"the {experiment.model.layers} layers and {experiment.model.heads} heads are cut",
+        hint=f"`--gpus` may be {said}" if said else f"another `stages.{name}.global_batch`",
+    )
 
 
 def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tuple[float, ParallelPlan]]:

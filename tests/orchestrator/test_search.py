@@ -83,8 +83,45 @@ def test_nothing_fits() -> None:
     with pytest.raises(PlanError, match=r"no layout of engine `deepspeed` fits 8 `A100-SXM4-80GB` of 80 GB") as error:
         search(experiment(GPT3, 1536), "s", gpus=8)
     assert "--gpus" in error.value.hint
-    with pytest.raises(PlanError, match="12 GPUs are no whole nodes of 8"):
+    with pytest.raises(PlanError, match="12 GPUs are no whole nodes of 8") as error:
         search(experiment(GPT3, 1536), "s", gpus=12)
+    assert error.value.hint == "`--gpus` may be 8 or 16"
+
+
+def test_fewest_nodes_are_no_power_of_two() -> None:
+    found = search(compose("gpt3-175b").experiment, "pretrain", goal="nodes", top=1)[0].estimate
+    assert found.world == 48  # Rajbhandari et al. 2020, section 3: 16 bytes a parameter are more than 4 nodes have
+    for nodes in range(1, 6):
+        with pytest.raises(PlanError):
+            search(compose("gpt3-175b").experiment, "pretrain", gpus=8 * nodes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said", "hint"),
+    [
+        (["model.heads=0"], "`model.heads` is 0", ""),
+        (["stages.pretrain.parallel.nodes=0"], "`stages.pretrain.parallel.nodes` is 0", ""),
+        (["model.heads=41"], "`hidden` 5120 does not divide by `heads` 41", "20, 32, 40 or 64"),
+        (["cluster=v100-32g"], "`stages.pretrain.precision` is bf16, which `V100-SXM2-32GB`", "fp32"),
+        (["cluster.nodes=16"], "`stages.pretrain.parallel.nodes` is 32, and the cluster has 16", "1 to 16"),
+        (["cluster.storage_tb=0.1"], "`stages.pretrain.keep` 2 checkpoints", "more storage"),
+        (["stages.pretrain.engine=colossalai", "stages.pretrain.compile=true"], "cannot run `compile=true`", "false"),
+    ],
+)
+def test_what_no_layout_mends_is_not_blamed_on_memory(overrides: list[str], said: str, hint: str) -> None:
+    with pytest.raises(PlanError) as error:
+        search(compose("gpt3-13b", overrides).experiment, "pretrain")
+    assert said in str(error.value)
+    assert hint in error.value.hint
+
+
+def test_gpus_that_divide_no_batch() -> None:
+    e = compose("gpt3-1.3b").experiment
+    with pytest.raises(PlanError, match="batches of 64 do not divide by the data ranks that 40 `A100") as error:
+        search(e, "pretrain", gpus=40)
+    assert error.value.hint == "`--gpus` may be 32 or 48"
+    assert search(e, "pretrain", gpus=32)
+    assert search(e, "pretrain", gpus=48)
 
 
 def test_a_thousand_gpus_in_two_seconds() -> None:
