@@ -233,7 +233,9 @@ def found_whole(targets: dict[Split, Path], made_of: dict[str, Any]) -> bool:
 
     record = read_json(_record(targets), {"files": {}})
     there = [path for path in targets.values() if path.exists()]
-    foreign = [path for path in there if record["files"].get(path.name) != file_sha256(path)]
+    foreign = [path for path in there if record.get("files", {}).get(path.name) != file_sha256(path)]
+    if "files" not in record:  # such as `dataset.json`, of `prepare`
+        foreign.append(_record(targets))
     if foreign:
         raise DataError(
             f"`{foreign[0]}` was not written by this stage, or was changed since, and is not replaced",

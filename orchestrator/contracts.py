@@ -19,31 +19,37 @@ from orchestrator.spec import Experiment
 
 RULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of options, whichever kind has them
-    "at least 1": (lambda x: x >= 1, "max_tokens minibatches inner_epochs rollout_batch kl_horizon patience"),
+    "at least 1": (lambda x: x >= 1, "max_tokens minibatches inner_epochs rollout_batch kl_horizon patience workers"),
     "at least 2": (lambda x: x >= 2, "responses"),
     "more than 0": (
         lambda x: 0 < x < math.inf,
-        "temperature top_p clip value_clip clip_reward epochs beta kl_target value_lr ptx_ratio",
+        "temperature top_p clip value_clip clip_reward epochs beta kl_target value_lr ptx_ratio tokenizer_mb",
     ),
-    "at least 0": (lambda x: 0 <= x < math.inf, "ptx_coef kl_coef top_k no_end_penalty"),
+    "at least 0": (lambda x: 0 <= x < math.inf, "ptx_coef kl_coef top_k no_end_penalty samples damaged margin"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma lam top_p min_reward_accuracy"),
     "from 0 up to but not 1": (lambda x: 0 <= x < 1, "ema"),
 }
 REWARD = "reward"  # the kind that leaves a reward model, and `reward.json` beside it
+WITHOUT_WEIGHTS = ("prepare", "compare")  # kinds that leave no checkpoint
 
 
 def check(experiment: Experiment, name: str, root: Path | None) -> list[Problem]:
     """What stage ``name`` cannot have from the other stages, as they are composed and as they lie below ``root``."""
     stage = experiment.stages[name]
     options = find("jobs", stage.kind).Options(**stage.options)
-    found = [*_ranges(name, options)]
+    found = [*_ranges(name, options), *_weights(experiment, name)]
     if hasattr(options, "examples"):
         found += _examples(experiment, name, options.examples)
+        found += _templates(experiment)
         found += _end_token(experiment)
     if hasattr(options, "max_tokens"):
         found += _room(experiment, name, options.max_tokens)
     if stage.kind in ("ppo", "dpo"):
         found += _start(experiment, name)
+    if stage.kind in ("ppo", "compare"):
+        found += _ramp(experiment, name)
+    if stage.kind == "compare":
+        found += _answers(experiment, name, options)
     if stage.kind == "ppo":
         found += _text(experiment, name, options)
         found += _rewards(experiment, name, options)
@@ -65,6 +71,27 @@ def _examples(experiment: Experiment, name: str, entry: str) -> Iterator[Problem
     if entry not in known:
         hint = did_you_mean(entry, [*known]) if known else f"such as `data.examples.{entry}.train=[{entry}.jsonl]`"
         yield Problem(message=f"`stages.{name}.options.examples`: no examples `{entry}` in `data.examples`", hint=hint)
+
+
+def _weights(experiment: Experiment, name: str) -> Iterator[Problem]:
+    """A start from a stage that leaves nothing to start from."""
+    source = experiment.stages[name].init_from
+    if source in experiment.stages and (kind := experiment.stages[source].kind) in WITHOUT_WEIGHTS:
+        yield Problem(
+            message=f"`stages.{name}.init_from`: `{source}` is of kind `{kind}`, which leaves no weights",
+            hint=f"`stages.{name}.after=[{source}]` waits for it and loads nothing",
+        )
+
+
+def _templates(experiment: Experiment) -> Iterator[Problem]:
+    """Templates that have no place for what is said, or several."""
+    for role in ("system", "user", "assistant"):
+        template = getattr(experiment.data.chat, role)
+        if template.count("{content}") != 1:
+            yield Problem(
+                message=f"`data.chat.{role}` is {template!r}, and must have one `{{content}}`",
+                hint="that is where the text of a turn stands",
+            )
 
 
 def _end_token(experiment: Experiment) -> Iterator[Problem]:
@@ -120,14 +147,37 @@ def _start(experiment: Experiment, name: str) -> Iterator[Problem]:
         )
 
 
-def _text(experiment: Experiment, name: str, options: Any) -> Iterator[Problem]:
-    """Batches that grow, and pretraining text that cannot be mixed in."""
-    where, ramp_from = f"stages.{name}", experiment.stages[name].schedule.ramp_from
-    if ramp_from is not None:
+def _ramp(experiment: Experiment, name: str) -> Iterator[Problem]:
+    """Batches that grow."""
+    stage = experiment.stages[name]
+    if stage.schedule.ramp_from is not None:
         yield Problem(
-            message=f"`{where}.schedule.ramp_from` is {ramp_from}, and `ppo` has batches of one size",
-            hint=f"`{where}.schedule.ramp_from=null`",
+            message=f"`stages.{name}.schedule.ramp_from` is {stage.schedule.ramp_from}, and `{stage.kind}` has batches "
+            "of one size",
+            hint=f"`stages.{name}.schedule.ramp_from=null`",
         )
+
+
+def _answers(experiment: Experiment, name: str, options: Any) -> Iterator[Problem]:
+    """Answers that cannot be sampled or compared."""
+    where = f"stages.{name}"
+    if options.samples == 1:
+        yield Problem(message=f"`{where}.options.samples` is 1, and one answer is no pair", hint="0, or 2 and more")
+    if options.samples and not experiment.stages[name].init_from:
+        yield Problem(
+            message=f"`{where}` has no policy to sample from: `init_from` is empty",
+            hint=f"name a stage, or `{where}.options.samples=0`",
+        )
+    if not RULE.fullmatch(options.rule):
+        yield Problem(
+            message=f"`{where}.options.rule`: `{options.rule}` names no function",
+            hint="write `package.module:function`",
+        )
+
+
+def _text(experiment: Experiment, name: str, options: Any) -> Iterator[Problem]:
+    """Pretraining text that cannot be mixed in."""
+    where = f"stages.{name}"
     if options.ptx_coef and not experiment.data.sources:
         yield Problem(
             message=f"`{where}.options.ptx_coef` is {options.ptx_coef:g}, and `data.sources` has no text to mix in",

@@ -68,7 +68,7 @@ class Entry:
     held_s: float
     start_s: float  # to its first step: imports, engine, checkpoint
     useful_s: float  # in steps that count
-    lost_s: float  # in steps that another attempt trains again
+    lost_s: float  # in steps that are trained again, by another attempt or this one
     world: int
     nodes: str
     from_step: int
@@ -151,7 +151,8 @@ def logbook(
         mine, word = steps.get(attempt.name, []), ended.get(attempt.name)
         resumed = [steps[a.name][0].number - 1 for a in attempts[i + 1 :] if a.name in steps]
         last_kept = math.inf if live or attempt.cause == "done" else min(resumed, default=saved)
-        lost = [s for s in mine if s.number > last_kept]
+        newest = {s.number: s for s in mine}  # a step that is not finite takes its attempt back to a checkpoint
+        lost = [s for s in mine if s.number > last_kept or s is not newest[s.number]]
         seen_at = [attempt.started_at, signs.get(attempt.name, 0.0), *(s.at for s in mine[-1:])]
         until = now if live else attempt.ended_at or max(*seen_at, (word and word.at) or 0.0)
         made.append(
@@ -241,11 +242,12 @@ def hours(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: `12 ms`, `3.4 s`, `5 min`, `2.1 h`, `40 days`."""
+    """Seconds as a person says them: `12 ms`, `3.4 s`, `5 min`, `2.1 h`, `2.6 days`, `40 days`."""
     for unit, size, limit in (("ms", 1e-3, 1.0), ("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 172800.0)):
         if seconds < limit:
             return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86400:,.0f} days"
+    days = seconds / 86400
+    return f"{days:.2g} days" if days < 10 else f"{days:,.0f} days"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +280,9 @@ def _cause(attempt: Attempt, word: Ended | None, failure: str) -> str:
     """In words: what the attempt said of itself, else the scheduler of it."""
     if attempt.cause:
         why = failure if attempt.cause == "error" and failure else attempt.note
+        if attempt.passed_over:
+            ranges = ", ".join(f"{first} to {behind}" for first, behind in attempt.passed_over)
+            why = f"{why}; " * bool(why) + f"not finite and passed over: samples {ranges}"
         return CAUSES.get(attempt.cause, attempt.cause) + (f": {why}" if why else "")
     if word is None:
         return KILLED

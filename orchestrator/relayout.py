@@ -13,7 +13,8 @@ from typing import Any
 from orchestrator.run import Run, read_json
 from orchestrator.spec import Experiment, describe_layout, layout_of
 
-OF_STAGE = ("engine", "engine_config", "parallel", "compile")  # settings of a stage that are layout
+# Settings of a stage that are layout, and one that only stops it
+OF_STAGE = ("engine", "engine_config", "parallel", "compile", "skip_batches")
 # Options that only stop a run (jobs/ppo.py; `responses`: jobs/data/preferences.py)
 GATES = ("max_kl", "min_entropy", "min_length", "max_logp_gap", "patience", "responses")
 

@@ -123,6 +123,7 @@ class Attempt:
     phases: dict[str, float] = field(default_factory=dict)  # seconds from started_at to: imports, ranks, engine, ...
     read: dict[str, str] = field(default_factory=dict)  # files of examples, with their SHA-256
     loaded: dict[str, Checkpoint] = field(default_factory=dict)  # of other stages, by name
+    passed_over: list[tuple[int, int]] = field(default_factory=list)  # samples, first and behind, of steps undone
     note: str = ""  # why it ended, in a sentence
     next: Literal["", "requeue", "stop"] = ""  # what the warden did about it
     nodes: str = ""  # it ran on, as Slurm lists them: `node[1-4]`

@@ -241,6 +241,7 @@ class StageSpec:
     eval_samples: int = 64  # sequences in one evaluation
     save_every: int = 500  # steps between checkpoints; one is always saved at the end
     keep: int = 2  # newest checkpoints kept
+    skip_batches: int = 2  # in a row, whose loss or gradients are not finite: undone and passed over; then it stops
     seed: int = 0  # of initial weights and dropout
     options: dict[str, Any] = field(default_factory=dict)  # the Options dataclass of jobs/<kind>.py
 

@@ -1,9 +1,13 @@
-"""Settings every test shares: one thread a process, no telemetry, and no skipping where all must run."""
+"""Settings every test shares: one thread a process, no telemetry, no deadlines, no skipping where all must run."""
 
 import os
 import signal
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("orch", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("orch")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

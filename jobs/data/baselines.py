@@ -13,12 +13,12 @@ import numpy as np
 ALPHA = (
     32.0  # pseudo-counts of the prior; 4 or 512 give 0.01 nats more at most (measured on builtin:python, 2026-11-21)
 )
-FIT = 50_000_000  # tokens that are counted, at most
+FIT = 50_000_000  # tokens of a split that are counted, at most
 CHUNK = 1 << 24  # tokens counted at a time
 
 
 def cross_entropies(train: Sequence[np.ndarray], val: Sequence[np.ndarray], vocab: int) -> dict[str, float]:
-    """``unigram`` and ``bigram`` nats per token of ``val``, fitted on the first FIT tokens of ``train``.
+    """``unigram`` and ``bigram`` nats per token of the first FIT of ``val``, fitted on the first FIT of ``train``.
 
     Each array is a stream of tokens; all but the first of it are predicted.
     """

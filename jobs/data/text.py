@@ -51,7 +51,7 @@ class Part:
 def list_parts(name: str, source: SourceSpec) -> list[Part]:
     """The parts of all files of the source ``name``, in an order that depends on the files' names only.
 
-    Raises DataError where a path leads to no text.
+    Raises DataError where a path leads to no text, or all files are empty.
     """
     parts: dict[Part, None] = {}  # a set that keeps its order
     for entry in source.text:
@@ -60,6 +60,8 @@ def list_parts(name: str, source: SourceSpec) -> list[Part]:
         else:
             for path in _files(name, entry):
                 parts.update(dict.fromkeys(_cut(path, source.text_key)))
+    if not parts:
+        raise DataError(f"source `{name}`: every file of `{'`, `'.join(source.text)}` is empty", hint="give it text")
     return list(parts)
 
 

@@ -11,7 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.runtime import dist
@@ -119,6 +119,37 @@ class Supervised:
         return self.judge(self.held_out, PROBE_SAMPLES)["val/loss"]
 
 
+@dataclass
+class BadBatches:
+    """The samples of steps that were not finite, which the run goes on without."""
+
+    allowed: int  # in a row
+    ends: dict[int, int] = field(default_factory=dict)  # by the first sample of a batch, the first behind it
+    step: int = 0  # the latest that was undone
+    in_a_row: int = 0
+
+    @property
+    def too_many(self) -> bool:
+        """Whether it is the run that is at fault, rather than a batch."""
+        return self.in_a_row > self.allowed
+
+    def add(self, at: Position, after: Position) -> None:
+        """The step from ``at`` to ``after`` was not finite."""
+        self.ends[at.samples] = after.samples
+        self.step, self.in_a_row = after.step, self.in_a_row + 1
+
+    def ended(self, step: int) -> None:
+        """``step`` was finite; one that only comes before the latest bad one again proves nothing."""
+        if step >= self.step:
+            self.in_a_row = 0
+
+    def behind(self, at: Position) -> Position:
+        """``at``, or where the data goes on behind the batches that begin there."""
+        while at.samples in self.ends:
+            at = replace(at, samples=self.ends[at.samples])
+        return at
+
+
 def train(
     job: Job,
     engine: Engine,
@@ -145,9 +176,14 @@ def drive(
     Args:
         final_eval_samples: samples in the evaluation after the last step; None: all of ``held_out``.
 
+    A step that is not finite is undone: the run goes back to its newest checkpoint, takes the steps from there again,
+    and passes over the samples of that step, as if they were not in the data. PaLM's spikes went away like this
+    (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). The same happens again in a run that was killed meanwhile.
+
     Raises:
         Stopped: a signal asked for it; everything is saved.
-        TrainingError: the loss or the gradients are not finite, or the last step could not be saved.
+        TrainingError: more than ``stage.skip_batches`` steps in a row are not finite, or one before there is a
+            checkpoint; or the last step could not be saved.
         CheckpointError: the checkpoint found belongs to another model, tokenizer or data, or is not what was saved.
     """
     stage, seq_len = job.stage, job.experiment.model.seq_len
@@ -155,8 +191,10 @@ def drive(
     probe = Probe(data=(held_out or data).fingerprint, measure=learner.probe)
     at = _begin(job, learner, data, held_out, probe)
     saved, stall_s = at.step, 0.0
+    bad = BadBatches(stage.skip_batches)
     while at.step < stage.steps:
         job.mark("step", at.step)
+        at = bad.behind(at)
         started = time.perf_counter()
         size = batch_at(stage, at.samples, seq_len)
         after = Position(step=at.step + 1, samples=at.samples + size, tokens=at.tokens + size * seq_len)
@@ -167,7 +205,10 @@ def drive(
             loss, stopping = dist.mean_and_any(taken.loss, bool(job.stop.cause))
             said = {"train/loss": loss, "train/grad_norm": taken.grad_norm, **taken.values}
             if not all(map(math.isfinite, said.values())):
-                raise _not_finite(at, after, said, saved)
+                bad.add(at, after)
+                at = _undo(job, learner, data, probe, bad, saved, _not_finite(at, after, said, saved))
+                continue
+            bad.ended(after.step)
             at = after
             values = {
                 "train/lr": lr,
@@ -215,6 +256,20 @@ def _begin(job: Job, learner: Learner, data: Samples, held_out: Samples | None, 
         job.mark("evaluate")
         values = learner.measure(at, job.stage.eval_samples or held_out.samples_per_epoch)
         job.report(0, values, tokens=0)
+    return at
+
+
+def _undo(
+    job: Job, learner: Learner, data: Samples, probe: Probe, bad: BadBatches, saved: int, error: TrainingError
+) -> Position:
+    """Go back to the newest checkpoint, step ``saved``, from a step that was not finite; or raise ``error``."""
+    found = None if bad.too_many or not saved else resume(job, learner.parts, data, probe)
+    if not found:
+        raise error
+    at, more = found
+    learner.more.update(more)
+    job.note(passed_over=sorted(bad.ends.items()))
+    log.warning("%s: undone; back to step %d, and on without the samples of that step", error, at.step)
     return at
 
 

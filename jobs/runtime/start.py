@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from typing import TYPE_CHECKING
 
 from jobs.runtime import dist, resume
 from jobs.runtime.job import Job
 from orchestrator import registry
+from orchestrator.schedule import batch_at
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def limited_to(job: Job, samples_per_epoch: int, epochs: float | None) -> Job:
-    """``job`` with no more steps than ``epochs`` over the data take."""
+    """``job`` with no more steps than ``epochs`` over the data take, batches that grow included."""
     if epochs is None:
         return job
-    steps = min(job.stage.steps, math.ceil(epochs * samples_per_epoch / job.stage.global_batch))
+    seen, steps = 0, 0
+    while steps < job.stage.steps and seen < epochs * samples_per_epoch:
+        seen, steps = seen + batch_at(job.stage, seen, job.experiment.model.seq_len), steps + 1
     log.info("%g epochs of %d samples: %d steps", epochs, samples_per_epoch, steps)
     return dataclasses.replace(job, stage=dataclasses.replace(job.stage, steps=steps))
 

@@ -82,6 +82,12 @@ def test_files_are_made_once_and_what_others_wrote_stays(data, tmp_path):
         found_whole(targets, {"seed": 1})
 
 
+def test_the_record_of_another_stage_is_not_replaced(data, tmp_path):
+    (tmp_path / "made.json").write_text('{"sources": {}}')  # as `dataset.json` of `prepare`
+    with pytest.raises(DataError, match=r"made.json` was not written by this stage"):
+        found_whole(targets_of(data, "made"), {"seed": 0})
+
+
 def test_examples_that_name_files_are_not_made(data):
     with pytest.raises(DataError, match=r"`data.examples.given` names files, and this stage is to make them"):
         targets_of(data, "given")

@@ -85,6 +85,8 @@ def test_a_chain_that_fits_has_no_problems(config):
         ("options.rules={a:good: 1, b:good: 0}", "several functions of one name: good, good", "give each its own"),
         ("options.examples=promts", "no examples `promts` in `data.examples`", "did you mean `prompts`?"),
         ("options.ptx_coef=1 options.temperature=0.7", "is 1 at `temperature` 0.7", "options.temperature=1`, or"),
+        ("options.samples=-1", "`stages.ppo.options.samples` is -1, and must be at least 0", ""),
+        ("init_from=prepare", "`prepare` is of kind `prepare`, which leaves no weights", "after=[prepare]`"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_with_what_would(config, overrides, message, hint):
@@ -93,6 +95,38 @@ def test_what_does_not_fit_is_refused_with_what_would(config, overrides, message
     (problem,) = problems(config, *words)
     assert message in problem.message
     assert hint in problem.hint
+
+
+@pytest.mark.parametrize("template", ["Q: {text}", "", "{content}{content}"])
+def test_a_template_has_one_place_for_what_is_said(config, template):
+    composed = compose(config, [f"data.chat.user={json.dumps(template)}"]).experiment
+    for stage in ("sft", "ppo"):
+        (problem,) = check(composed, stage, None)
+        assert f"`data.chat.user` is {template!r}, and must have one `{{content}}`" in problem.message
+    assert not check(composed, "pretrain", None)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("options: {samples: 1, max_tokens: 8}", "one answer is no pair"),
+        ("options: {max_tokens: 8}, init_from: null", "has no policy to sample from"),
+        ("options: {damaged: -1, max_tokens: 8}", "options.damaged` is -1, and must be at least 0"),
+        ("options: {rule: quality, max_tokens: 8}", "`quality` names no function"),
+        ("options: {max_tokens: 8}, schedule: {ramp_from: 2, ramp_tokens: 99}", "`compare` has batches of one size"),
+    ],
+)
+def test_answers_that_cannot_be_compared(config, more, message):
+    start = "" if "init_from" in more else "init_from: sft, "
+    words = f"stages.compare={{kind: compare, engine: torch, precision: fp32, steps: 1, {start}{more}}}"
+    (problem,) = check(compose(config, [words]).experiment, "compare", None)
+    assert message in problem.message
+
+
+@pytest.mark.parametrize("option", ["workers=0", "tokenizer_mb=0"])
+def test_nothing_is_prepared_with_nothing(config, option):
+    (problem,) = check(compose(config, [f"stages.prepare.options.{option}"]).experiment, "prepare", None)
+    assert f"`stages.prepare.options.{option.split('=')[0]}` is 0, and must be" in problem.message
 
 
 def test_rules_alone_are_a_reward(config):

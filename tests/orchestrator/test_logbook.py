@@ -59,6 +59,14 @@ def test_what_a_killed_attempt_trained_beyond_its_checkpoint_is_lost():
     assert book.goodput == pytest.approx(20 / (22 + 30))
 
 
+def test_steps_before_a_batch_that_was_passed_over_count_once():
+    """Step 8 was not finite: from the checkpoint of step 5 again, without its samples."""
+    one = attempt("1", 1000.0, to_step=10, checkpoint_step=10, cause="done", ended_at=1040.0, passed_over=[(56, 64)])
+    (entry,) = made([one], lines("1", 1, 7, 1010) + lines("1", 6, 10, 1026)).entries
+    assert (entry.steps_lost, entry.lost_s, entry.useful_s, entry.to_step) == (2, 4, 20, 10)
+    assert entry.cause == "done: not finite and passed over: samples 56 to 64"
+
+
 @pytest.mark.parametrize(
     ("attempts", "written", "running", "lost"),
     [

@@ -81,6 +81,7 @@ def test_what_is_no_text_is_refused(tmp_path):
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"packed" * 1000)[:-9])
     (tmp_path / "plain.gz").write_bytes(b"not packed")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.md").touch()
     for entry, says in {
         "latin.txt": "latin.txt`: not UTF-8 near byte 2",
         "cut.txt.gz": "cut.txt.gz`: Compressed file ended",
@@ -88,6 +89,7 @@ def test_what_is_no_text_is_refused(tmp_path):
         "gone.txt": "source `s`: `.*gone.txt` does not exist",
         "*.rst": "matches no file",
         "empty": "holds no file ending in .txt",
+        "blank.md": "source `s`: every file of `.*blank.md` is empty",
     }.items():
         with pytest.raises(DataError, match=says) as e:
             documents(str(tmp_path / entry))

@@ -103,6 +103,62 @@ def test_what_cannot_be_trained_on(tmp_path):
     run_ranks(_refuses, 1, tmp_path)
 
 
+BAD = 5  # a token no other sample begins with
+
+
+def _exploding(nll, batch):
+    """The mean, but for a batch with a sample that begins with BAD."""
+    return nll.mean() * (float("inf") if (batch["tokens"][:, 0] % MODEL.vocab == BAD).any() else 1.0)
+
+
+class Without(Numbers):
+    """The same data, had it never held the samples of the second step."""
+
+    def batch(self, first, count):
+        return super().batch(first + (4 if first >= 4 else 0), count)
+
+
+def _passes_over(ranks, root):
+    """A run whose second step is not finite, also one that was stopped before, ends as one on data without that."""
+    stage = replace(STAGE, steps=4, save_every=1)
+    run = _train(ranks, root, "bad", stage, loss_fn=_exploding)
+    assert read_json(root / "chain" / "bad" / "attempts" / "1.json")["passed_over"] == [[4, 8]]
+    with pytest.raises(Stopped):
+        _train(ranks, root, "again", stage, told="preempted", loss_fn=_exploding)  # after its first step
+    again = _train(ranks, root, "again", stage, loss_fn=_exploding)
+    clean = _train(ranks, root, "clean", stage, data=Without())
+    wanted = list(clean.module.parameters())
+    for engine in (run, again):
+        assert all(torch.equal(a, b) for a, b in zip(engine.module.parameters(), wanted, strict=True))
+    with pytest.raises(TrainingError, match="step 2: loss inf"):
+        _train(ranks, root, "none", replace(stage, skip_batches=0), loss_fn=_exploding)
+    assert checkpoint.committed(root / "chain" / "none" / "checkpoints") == [1]
+
+
+def test_a_batch_that_is_not_finite_is_passed_over(tmp_path):
+    run_ranks(_passes_over, 1, tmp_path)
+
+
+def _gives_up(ranks, root):
+    """All is well for two steps, and nothing after them; one good step does not count as many."""
+    seen = []
+
+    def loss_fn(nll, batch):
+        seen.append(int(batch["tokens"][0, 0]))
+        return nll.mean() * (float("nan") if batch["tokens"][0, 0] >= 8 else 1.0)
+
+    with pytest.raises(TrainingError, match="step 3: loss nan"):
+        _train(ranks, root, "lost", replace(STAGE, steps=9, save_every=1, skip_batches=2), loss_fn=loss_fn)
+    assert sorted(set(seen)) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18], (
+        "two batches are passed over, the third is too much"
+    )
+    assert checkpoint.committed(root / "chain" / "lost" / "checkpoints") == [2, 1]
+
+
+def test_a_run_that_is_lost_is_given_up(tmp_path):
+    run_ranks(_gives_up, 1, tmp_path)
+
+
 def _chain(ranks, root):
     first = _train(ranks, root, "first", STAGE)
     second = replace(STAGE, seed=1, init_from="first", optimizer=OptimizerSpec(lr=0.0))  # so that nothing moves
