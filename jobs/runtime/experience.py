@@ -74,8 +74,16 @@ class Collector:
         self.rules = {name: rules.load(name) for name in self.o.rules}
         self.mean, self.std, self.reward = 0.0, 1.0, None
         if self.o.reward:
-            self.mean, self.std = reward_facts(job, chat)
+            facts = reward_facts(job, chat)
+            self.mean, self.std = facts["mean"], facts["std"] or 1.0
             self.reward = start.frozen(job, Scorer, self.o.reward, chat.tokenizer_sha256)
+            loaded = job.record.loaded[self.o.reward]["step"]
+            if loaded != facts["step"]:  # a newer one is damaged, and was passed over
+                raise DataError(
+                    f"the newest whole checkpoint of `{self.o.reward}` is step {loaded}, and `{REWARD_FILE}` speaks "
+                    f"of step {facts['step']}: its scale and its accuracy are those of another model",
+                    hint=f"restore the checkpoint, or train `{self.o.reward}` again under another `name`",
+                )
 
     def answers(self, prompts: Sequence[Prompt], first: int, *, stoppable: bool = False) -> Rollout | None:
         """Responses to ``prompts``, the samples from number ``first``; None where a rank was told to stop."""
@@ -169,8 +177,8 @@ class Collector:
         return torch.cat([torch.from_numpy(of_rank) for of_rank in everyone if of_rank is not None])[:count]
 
 
-def reward_facts(job: Job, chat: Chat) -> tuple[float, float]:
-    """Mean and standard deviation of the reward model's scores of good responses.
+def reward_facts(job: Job, chat: Chat) -> dict[str, Any]:
+    """What stage `reward` says of its model: `mean` and `std` of the scores of good responses, and of which `step`.
 
     Raises:
         DataError: the model is not there, was trained with another tokenizer or template, or is too often wrong.
@@ -179,7 +187,7 @@ def reward_facts(job: Job, chat: Chat) -> tuple[float, float]:
     path = job.run.root / job.run.experiment / stage / REWARD_FILE
     if not path.exists():
         raise DataError(f"no `{path}`", hint=f"run stage `{stage}`, of kind `reward`, to its end first")
-    facts = read_json(path)
+    facts: dict[str, Any] = read_json(path)
     if facts["template"] != chat.sha256:
         raise DataError(
             f"the reward model of `{path}` reads another tokenizer or chat template: {facts['template'][:12]} there, "
@@ -192,7 +200,7 @@ def reward_facts(job: Job, chat: Chat) -> tuple[float, float]:
             f"`options.min_reward_accuracy` is {gate}",
             hint="train it longer or on more pairs; a policy would learn its mistakes",
         )
-    return facts["mean"], facts["std"] or 1.0
+    return facts
 
 
 def short(rule: str) -> str:

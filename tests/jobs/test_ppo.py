@@ -110,7 +110,7 @@ def _stages_before(ranks, folder, chat):
         probe = Probe(data="", measure=lambda: 0.0)
         assert save(job, {"": engine}, _prompts(folder, chat), Position(step=1), probe, {})
     if ranks.rank == 0:
-        facts = {"mean": MEAN, "std": STD, "accuracy": 0.9, "template": chat.sha256}
+        facts = {"mean": MEAN, "std": STD, "accuracy": 0.9, "template": chat.sha256, "step": 1}
         write_json(job.run.folder / REWARD_FILE, facts)
     dist.barrier()
 
@@ -408,6 +408,9 @@ def _refused(ranks, folder):
         write_json(job.run.root / "chain" / "reward" / REWARD_FILE, facts | change)
         with pytest.raises(DataError, match=said):
             reward_facts(job, chat)
+    write_json(job.run.root / "chain" / "reward" / REWARD_FILE, facts | {"step": 2})
+    with pytest.raises(DataError, match=r"is step 1, and `reward\.json` speaks of step 2"):
+        _learner(ranks, folder, "torch", 0, 1)
     (job.run.root / "chain" / "reward" / REWARD_FILE).unlink()
     with pytest.raises(DataError, match=r"no `.*reward\.json`"):
         reward_facts(job, chat)
