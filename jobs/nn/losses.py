@@ -151,6 +151,7 @@ class _Part:
         for piece in _pieces(logits_nV):
             p_nV = (logits_nV[piece] - log_z_n[piece, None]).exp_()
             torch.mul(p_nV, grad_n[piece, None], out=logits_nV[piece])
+            del p_nV  # or it would lie beside the next piece's
         row_n, here_n = self._rows_of(targets_n)
         at_target_n = (torch.expm1(-nll_n) * grad_n).to(logits_nV.dtype)
         others_n = logits_nV.gather(1, row_n[:, None])[:, 0]
@@ -191,6 +192,7 @@ def _token_nll(logits_nV: Tensor, targets_n: Tensor, nll_n: Tensor) -> None:
     for piece in _pieces(logits_nV):
         log_p = F.log_softmax(logits_nV[piece], dim=-1, dtype=nll_n.dtype)
         torch.neg(log_p.gather(1, targets_n[piece, None])[:, 0], out=nll_n[piece])
+        del log_p  # or it would lie beside the next piece's
 
 
 def _to_gradient(logits_nV: Tensor, targets_n: Tensor, nll_n: Tensor, grad_n: Tensor) -> None:
@@ -202,5 +204,6 @@ def _to_gradient(logits_nV: Tensor, targets_n: Tensor, nll_n: Tensor, grad_n: Te
     for piece in _pieces(logits_nV):
         p_nV = F.softmax(logits_nV[piece], dim=-1)
         torch.mul(p_nV, grad_n[piece, None], out=logits_nV[piece])  # in fp32: a rounded factor would bias
+        del p_nV  # or it would lie beside the next piece's
     at_target_n = torch.expm1(-nll_n) * grad_n
     logits_nV.scatter_(1, targets_n[:, None], at_target_n[:, None].to(logits_nV.dtype))
