@@ -106,8 +106,9 @@ def rank_bytes(
     if p.offload == "all":
         weights = 0
     logits = logit_bytes(model, stage, on_gpu=on_gpu) if part.last else 0.0
-    activations = activation_bytes(model, stage, part, flash=flash, at_head=logits)
-    buffers = each.copies * mine + buffer_bytes(model, stage, part, data)
+    spared = spared_bytes(model, stage)
+    activations = activation_bytes(model, stage, part, flash=flash, at_head=logits - spared)
+    buffers = each.copies * mine + buffer_bytes(model, stage, part, data) - spared
     other = CONTEXT_BYTES["gpu" if on_gpu else "cpu"] + FRAGMENTS * (activations + logits)
     values = (weights, gradients, optimizer, activations, logits, buffers, other)
     return dict(zip(PARTS, values, strict=True))
@@ -141,27 +142,56 @@ def activation_bytes(
 ) -> float:
     """What waits for its backward pass, of all micro-batches in flight, and what one layer's backward pass works in.
 
-    The last stage is fullest either in its head, ``at_head`` bytes, or in its last layer's backward pass.
+    The last stage is fullest either in its head, ``at_head`` bytes, or in its last layer's backward pass. ``at_head``
+    is less than the head's own where the layer has buffers besides.
     """
     p = stage.parallel
-    width = 2 if stage.precision == "bf16" else 4
+    width, stream = 2 if stage.precision == "bf16" else 4, _stream_bytes(stage)
     per_layer = layer_activation_bytes(model, stage, flash=flash)
     tokens = model.seq_len * p.micro_batch / p.ulysses
     rows = tokens * model.hidden / (p.tensor if p.sequence else 1)
     held = per_layer * part.layers * part.in_flight
-    at_work = width * tokens * (model.ffn / p.tensor + model.hidden)  # gradients of the feed-forward and the stream
-    if p.recompute == "full":  # [K] section 5: the input of each layer
-        held = _stream_bytes(stage) * rows * part.layers * part.in_flight
-        at_work += per_layer
+    beside = model.ffn / p.tensor  # gradients of the feed-forward, and of the stream
+    if p.sequence and p.micro_batch > 1:  # rows that are gathered arrive together, and are taken apart
+        beside = max(beside, model.hidden)
+    at_work = width * tokens * (beside + model.hidden)
+    if p.sequence:  # this rank's tokens of the stream's gradient, beside all of them
+        at_work += width * rows
+    made = model.hidden * model.ffn  # the gradient of the last matrix, before it is added to what there is
+    if part.last and p.pipeline == 1 and model.tie_embeddings:
+        made += model.vocab * model.hidden  # the head's part of the table's gradient waits for the embedding's
+    at_work += width * made / p.tensor
+    if part.last and p.pipeline > 1 and stage.engine == "deepspeed":  # the outputs of this micro-batch and the last,
+        at_work += 2 * width * rows  # which DeepSpeed keeps, with the graph behind them
+    if p.recompute == "full":  # [K] section 5: the input of each layer, which the layer at work needs no second time
+        held = stream * rows * part.layers * part.in_flight
+        at_work += per_layer - stream * rows
     elif p.recompute == "selective" and not flash:
         at_work += score_bytes(model, stage)
     if part.first and model.dropout:
         held += rows * part.in_flight  # the mask on the embeddings, [K] section 4.3
+    if part.last and model.norm_position == "pre":  # what the last norm read; it is gone once a layer is at work
+        held += stream * rows
+        at_head += stream * rows
+    return held + _between_stages(model, stage, part) + max(0.0, at_work - at_head)
+
+
+def _between_stages(model: ModelSpec, stage: StageSpec, part: Slice) -> float:
+    """Outputs until their gradient comes ([K] appendix B), and what is on its way."""
+    p = stage.parallel
+    if p.pipeline == 1:
+        return 0.0
+    width = 2 if stage.precision == "bf16" else 4
+    rows = width * model.seq_len * p.micro_batch * model.hidden
+    if p.tensor == 1 or stage.engine != "deepspeed":
+        return rows * (part.in_flight + (1 if part.first else 3))
+    # DeepSpeed's tensor ranks keep and send a part each of what all of them hold (`pipe_partitioned`; in sequence
+    # parallel they hold no more), and make outputs and their gradients whole for the backward pass.
+    if p.sequence:
+        return rows / p.tensor * (part.in_flight + (1 if part.first else 3))
     if part.last:
-        held += _stream_bytes(stage) * rows if model.norm_position == "pre" else 0
-    if p.pipeline > 1:  # outputs until their gradient comes ([K] appendix B), and what is on its way
-        held += width * rows * (part.in_flight + (1 if part.first else 3))
-    return held + max(0.0, at_work - at_head)
+        return rows * (2 + 1 / p.tensor)
+    return rows / p.tensor * (part.in_flight + (1 if part.first else 2)) + rows
 
 
 def layer_activation_bytes(
@@ -202,12 +232,14 @@ def score_bytes(model: ModelSpec, stage: StageSpec) -> float:
 
 
 def logit_bytes(model: ModelSpec, stage: StageSpec, *, on_gpu: bool) -> float:
-    """Logits that the loss keeps, and the fp32 pieces it works in (jobs/nn/losses.py)."""
+    """Logits that the loss keeps, and the fp32 pieces it works in, or the gradient of the head (jobs/nn/losses.py)."""
     p = stage.parallel
     width = 2 if stage.precision == "bf16" else 4
     rows = model.seq_len * p.micro_batch / p.ulysses
     logits = min(LOGITS_BYTES, width * rows * model.vocab / p.tensor)
     piece = min(PIECE_BYTES["gpu" if on_gpu else "cpu"], 4 * rows * model.vocab / p.tensor)
+    summed = 4 if logits == LOGITS_BYTES else 0  # chunks add up in fp32
+    piece = max(piece, (width + summed) * model.vocab * model.hidden / p.tensor)  # then the table's gradient is made
     hidden = 3 * width + (4 if _stream_bytes(stage) > width else 0)  # what the head reads, its gradient, the norm's
     return logits + piece + hidden * rows * model.hidden
 
@@ -221,8 +253,8 @@ def buffer_bytes(model: ModelSpec, stage: StageSpec, part: Slice, data: int) -> 
     if stage.engine == "torch":
         if p.zero == 0:
             return 0.0
-        if p.zero == 3:  # this one, the next, and the buffer it arrives in; a gradient that is being reduced
-            return width * (3 * block + ends) + 4 * block
+        if p.zero == 3:  # a block and the next one, gathered; gradients of the one before, being reduced
+            return width * (2 * block + ends) + 4 * block
         return width * (sharded_params(model, part, p.tensor) + 3 * block)  # with a block's gradient and its buffer
     if p.zero == 3 or p.offload == "all":
         two = 2 * max(block, model.vocab * model.hidden / p.tensor)
@@ -231,6 +263,16 @@ def buffer_bytes(model: ModelSpec, stage: StageSpec, part: Slice, data: int) -> 
     if p.zero and stage.engine == "colossalai":  # flushed when full; that of a small model only when all is done
         return width * COLOSSAL_BUCKET if sharded_params(model, part, p.tensor) > COLOSSAL_BUCKET else 0.0
     return width * _bucket(stage) if p.zero else 0.0
+
+
+def spared_bytes(model: ModelSpec, stage: StageSpec) -> float:
+    """What of ``buffer_bytes`` is not there while the head is at work: FSDP2's gradients under way, and blocks gathered
+    for them; with ZeRO-3 the ends and one block are there, with ZeRO-2 all weights."""
+    p = stage.parallel
+    if stage.engine != "torch" or p.zero == 0:
+        return 0.0
+    width = 2 if stage.precision == "bf16" else 4
+    return (width + 4 if p.zero == 3 else 3 * width) * model.layer_params / p.tensor
 
 
 def _bucket(stage: StageSpec) -> float:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from orchestrator.hardware import Chip, matmul_s
-from orchestrator.memory import logit_bytes, rank_bytes, sharded_params, slice_of
+from orchestrator.memory import logit_bytes, rank_bytes, sharded_params, slice_of, spared_bytes
 from orchestrator.spec import ModelSpec, StageSpec
 from orchestrator.timing import COLLECTIVE_S, FORWARD_KERNELS, GATHER_SHARE, Software, Step, layer, step
 
@@ -59,7 +59,7 @@ def phase_bytes(
     scoring = {
         "activations": _passing_bytes(model, stage, p.micro_batch * model.seq_len),
         "logits": logit_bytes(model, stage, on_gpu=on_gpu),
-        "buffers": base["buffers"],
+        "buffers": base["buffers"] + spared_bytes(model, stage),
     }
     training = {name: base[name] for name in ("activations", "logits", "buffers")}
     return {

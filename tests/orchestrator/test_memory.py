@@ -48,7 +48,8 @@ def test_full_recompute_keeps_the_inputs_of_the_layers() -> None:
     s = stage(recompute="full", pipeline=4)
     part = slice_of(GPT3, s, 1, 100)
     one = layer_activation_bytes(GPT3, s)
-    held = activation_bytes(GPT3, s, part, at_head=one + 2 * S * B * (4 + 1) * H)
+    at_work = one + 2 * S * B * (4 + 1) * H + 2 * 4 * H**2
+    held = activation_bytes(GPT3, s, part, at_head=at_work)
     outputs = 2 * S * B * H * (3 + 3)  # of three micro-batches, and three on their way
     assert held - outputs == 2 * S * B * H * 24 * 3  # section 5: 2 s b h a layer, three micro-batches of a fourth
 
