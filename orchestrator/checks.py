@@ -308,7 +308,12 @@ def _schedule(where: str, stage: StageSpec, model: ModelSpec) -> Iterator[Proble
         )
         return
     if s.ramp_from is None and (s.ramp_tokens or s.ramp_step):
-        yield Problem(message=f"`{where}.schedule` has a ramp without `ramp_from`", hint="say where the batch begins")
+        key = "ramp_tokens" if s.ramp_tokens else "ramp_step"
+        yield Problem(
+            message=f"`{where}.schedule.{key}` is {getattr(s, key):.4g}, and there is no `ramp_from`",
+            hint=f"say where the batch begins; or, for no ramp, `{where}.schedule.ramp_tokens=0` and "
+            f"`{where}.schedule.ramp_step=null`",
+        )
     if s.ramp_from is not None and not s.ramp_tokens:
         yield Problem(
             message=f"`{where}.schedule.ramp_from` is {s.ramp_from}, and `ramp_tokens` is 0",

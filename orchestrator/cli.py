@@ -164,6 +164,7 @@ def plan(root: Path, config: str | None, overrides: Sequence[str], stages: Seque
     """
     from orchestrator import planning
 
+    _refuse_idle({"config": config, **how})
     if how["compare"]:
         planning.compare(root, how["compare"], how["calibrate"], as_json=how["as_json"])
         return
@@ -522,6 +523,27 @@ def completion(shell: str) -> None:
     script = get_completion_class(shell)
     assert script  # noqa: S101 - the three are click's own
     click.echo(script(cli, {}, "orch", "_ORCH_COMPLETE").source())
+
+
+def _refuse_idle(given: dict[str, Any]) -> None:
+    """Refuse options of `orch plan` that would do nothing beside the others."""
+    from click.core import ParameterSource
+
+    context = click.get_current_context()
+    names = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    said = {"what_if": "--what-if", "goal": "--for"}
+    ways = [said.get(way, f"--{way}") for way in ("search", "what_if", "compare") if way in names]
+    if len(ways) > 1:
+        raise click.UsageError(f"`{ways[0]}` does not go with `{ways[1]}`", context)
+    for option, way in {"goal": "search", "gpus": "search", "top": "search", "calibrate": "compare"}.items():
+        if option in names and way not in names:
+            raise click.UsageError(f"`{said.get(option, f'--{option}')}` goes with `--{way}` alone", context)
+    if ways and "report" in names:
+        raise click.UsageError(f"`--report` does not go with `{ways[0]}`", context)
+    if given["report"] and given["report"].suffix.lower() not in (".html", ".png"):
+        raise click.BadParameter(f"`{given['report']}` is neither X.html nor X.png", context, param_hint="--report")
+    if "compare" in names and given["config"]:
+        raise click.UsageError("`--compare` takes a RUN and no CONFIG", context)
 
 
 def _compose(config: str, overrides: Sequence[str], stages: Sequence[str]) -> "Composed":

@@ -222,7 +222,7 @@ def _leaves(experiment: Experiment, key: str) -> Iterator[tuple[str, Any, str]]:
     for i, part in enumerate(parts := key.split(".")):
         below = _below(value)
         if part not in below:
-            hint = elsewhere(tuple(parts)) or (did_you_mean(part, list(below)) if below else "")
+            hint = elsewhere(tuple(parts), experiment.stages) or (did_you_mean(part, list(below)) if below else "")
             raise ConfigError(f"no key `{'.'.join(parts[: i + 1])}`", hint=hint)
         default = _default(value, part)
         value = below[part]

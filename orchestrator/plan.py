@@ -9,7 +9,7 @@ they were from published and measured runs, and where they are known to be wrong
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def plan(
     for name in names:
         if name not in experiment.stages:
             raise ConfigError(f"no stage `{name}`", hint=did_you_mean(name, list(experiment.stages)))
-    problems: list[Problem] = []
+    problems = list(_launcher(experiment))
     estimates = []
     for name in names:
         found = [*check(experiment, name), *contracts.check(experiment, name, root)]
@@ -117,6 +117,16 @@ def plan(
     if problems:
         raise refusal(problems)
     return estimates
+
+
+def _launcher(experiment: Experiment) -> Iterator[Problem]:
+    """What the cluster's launcher cannot read of its settings."""
+    read = getattr(find("launch", experiment.cluster.launcher), "advice", None)
+    try:
+        if read:
+            read(experiment)
+    except ConfigError as error:
+        yield Problem(message=str(error), hint=error.hint)
 
 
 def refusal(problems: Sequence[Problem]) -> PlanError:

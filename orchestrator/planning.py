@@ -19,6 +19,8 @@ from orchestrator.search import search as layouts_of
 from orchestrator.spec import Experiment
 from orchestrator.submit import advice, select
 
+NOTHING = "nothing to estimate: none of these stages trains"
+
 
 def plan(
     root: Path, config: str, overrides: Sequence[str], stages: Sequence[str], *, force: bool, report: Path | None,
@@ -40,7 +42,7 @@ def plan(
         planview.details(rows)
         _advise(experiment, estimates, config, overrides)
     else:
-        say("nothing to estimate: none of these stages trains")
+        say(NOTHING)
     if not as_json:
         from orchestrator.relayout import announcements
 
@@ -69,7 +71,7 @@ def _advise(experiment: Experiment, estimates: Sequence[Estimate], config: str, 
         gain = e.step_s / best.estimate.step_s
         if gain > 1 + e.step_band:
             say(f"the same GPUs would be {gain:.1f} times as fast with:")
-            say(f"  orch plan {config} {shlex.join(overrides)} {best.overrides}".replace("  ", " "))
+            say(f"  {shlex.join(['orch', 'plan', config, *overrides])} {best.overrides}")
         elif e.fits:
             say(f"no layout of `{e.stage}` on these GPUs is faster by more than {e.step_band:.0%}")
 
@@ -92,6 +94,8 @@ def search(
         planview.found(found, current, shlex.join(["orch", "plan", config, *overrides]))
     if as_json:
         show.as_json(rows)
+    elif not _trained(experiment, stages):
+        say(NOTHING)
 
 
 def what_if(
@@ -100,13 +104,24 @@ def what_if(
     """Print the plan beside those with other settings, whether they fit or not."""
     plans = {}
     for label in ("as it is", *variants):
-        more = [] if label == "as it is" else shlex.split(label)
+        more = [] if label == "as it is" else _words(label)
         experiment = _composed(config, [*overrides, *more], stages)
         plans[label] = [e.to_json() for e in estimates_of(experiment, stages=list(stages) or None, force=True)]
     if as_json:
         show.as_json(plans)
+    elif not plans["as it is"]:
+        say(NOTHING)
     else:
         planview.side_by_side(plans)
+
+
+def _words(variant: str) -> list[str]:
+    """The overrides of one `--what-if`."""
+    try:
+        return shlex.split(variant)
+    except ValueError as error:
+        text = str(error).lower()
+        raise ConfigError(f"`--what-if` {variant}: {text}", hint="overrides as a shell takes them") from None
 
 
 def compare(root: Path, name: str, calibrate: Path | None, *, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.show import duration, err, out
+from orchestrator.show import duration, err, out, whole
 
 if TYPE_CHECKING:
     from orchestrator.calibrate import Compared
@@ -29,10 +29,10 @@ def details(estimates: Sequence[Mapping[str, Any]]) -> None:
     console = out()
     for e in estimates:
         where = f"pipeline stage {e['fullest_stage']}" if not e["phases"] else _fullest_phase(e["phases"])
-        console.print(f"\nmemory of the fullest rank ({where}), {e['gpu_memory_gb']:g} GB")
+        console.print(f"\n{e['stage']}: memory of the fullest rank ({where}), {e['gpu_memory_gb']:g} GB")
         parts = {key: gb for key, gb in e["memory_gb"].items() if key != "total"}
         _bars(parts, e["gpu_memory_gb"], "GB")
-        console.print(f"a step, {duration(e['step_s'])} give or take {e['step_band']:.0%}")
+        console.print(f"{e['stage']}: a step, {duration(e['step_s'])} give or take {e['step_band']:.0%}")
         _bars({STEP_WORDS[key]: seconds for key, seconds in e["step_parts_s"].items()}, e["step_s"], "s")
         for line in _end_to_end(e):
             console.print(line)
@@ -64,14 +64,14 @@ def _amount(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def _bars(parts: Mapping[str, float], whole: float, unit: str) -> None:
-    width = max(map(len, parts))
+def _bars(parts: Mapping[str, float], full: float, unit: str) -> None:
+    console, width = out(), max(map(len, parts))
+    bar = max(1, min(BAR, console.width - width - len(f"{'':24}{unit}")))
     for name, value in parts.items():
-        if value > 0.001 * whole:
-            filled = round(BAR * min(1.0, value / whole))
-            out().print(
-                f"  {name:<{width}}  {'█' * filled}{'·' * (BAR - filled)}  {value:8.3g} {unit}  {value / whole:4.0%}"
-            )
+        if value > 0.001 * full:
+            filled = round(bar * min(1.0, value / full))
+            drawn = "█" * filled + "·" * (bar - filled)
+            console.print(f"  {name:<{width}}  {drawn}  {value:8.3g} {unit}  {value / full:4.0%}")
 
 
 def found(layouts: "Sequence[Found]", current: "Estimate | None", command: str) -> None:
@@ -80,7 +80,7 @@ def found(layouts: "Sequence[Found]", current: "Estimate | None", command: str) 
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     columns = (
-        "",
+        layouts[0].estimate.stage,
         "nodes",
         "data x pipe x tensor",
         "chunks",
@@ -102,10 +102,10 @@ def found(layouts: "Sequence[Found]", current: "Estimate | None", command: str) 
             f"{e.memory_gb['total']:.1f} GB", duration(e.step_s), f"{e.mfu:.1%}", duration(e.days * 86400),
             f"{e.gpu_hours:,.0f}", cost,
         )  # fmt: skip
-    out().print(table)
+    whole(table)
     best = layouts[0]
     err().print(_why(best.estimate, current))
-    out().print(f"{command} {best.overrides}".rstrip(), soft_wrap=True)
+    out().print(f"{command} {best.overrides}".rstrip(), soft_wrap=True, markup=False)
 
 
 def _why(best: "Estimate", current: "Estimate | None") -> str:
@@ -123,6 +123,7 @@ def _why(best: "Estimate", current: "Estimate | None") -> str:
 def side_by_side(plans: "Mapping[str, Sequence[Mapping[str, Any]]]") -> None:
     """`orch plan --what-if`: one column per variant, stage by stage."""
     from rich.table import Table
+    from rich.text import Text
 
     rows = {
         "GPUs": lambda e: f"{e['world']:,}",
@@ -138,10 +139,10 @@ def side_by_side(plans: "Mapping[str, Sequence[Mapping[str, Any]]]") -> None:
     for i, first in enumerate(next(iter(plans.values()))):
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in (first["stage"], *plans):
-            table.add_column(column, no_wrap=True)
+            table.add_column(Text(column), no_wrap=True)
         for name, text in rows.items():
             table.add_row(name, *(text(estimates[i]) for estimates in plans.values()))
-        out().print(table)
+        whole(table)
 
 
 def compared(run: str, rows: "Sequence[Compared]") -> None:
@@ -153,4 +154,4 @@ def compared(run: str, rows: "Sequence[Compared]") -> None:
         table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(row.what, f"{row.planned:,.4g} {row.unit}", f"{row.measured:,.4g} {row.unit}", f"{row.ratio:.2f}")
-    out().print(table)
+    whole(table)

@@ -29,6 +29,8 @@ def find(package: str, name: str) -> ModuleType:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """A hint: the name that was meant, or all there are."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean `{near[0]}`?" if near else "one of: " + ", ".join(f"`{n}`" for n in names)
+    """A hint: the names that begin so, the one that was meant, or all there are."""
+    near = [n for n in names if name and n.startswith(name)] or difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"did you mean {' or '.join(f'`{n}`' for n in near)}?"
+    return "one of: " + ", ".join(f"`{n}`" for n in names)

@@ -31,7 +31,8 @@ COLORS = (
 
 def write(path: Path, experiment: Experiment, estimates: Sequence[Estimate]) -> None:
     """Write the pictures of ``estimates`` to ``path``: a PNG by its name, else a page of HTML."""
-    if path.suffix == ".png":
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".png":
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(_png(draw(experiment, estimates[0])))  # of the first stage that trains
         temporary.replace(path)
@@ -206,7 +207,7 @@ def _draw_nodes(axes: Any, experiment: Experiment, e: Estimate, points: Sequence
     money.plot(nodes, [x.usd if priced else x.gpu_hours for _, x in points], "^:", color=COLORS[1])
     money.set_ylabel("USD (dotted)" if priced else "GPU-hours (dotted)")
     money.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")  # where neither line goes
 
 
 def _draw_losses(axes: Any, tokens: int, points: Sequence[tuple[int, Estimate]]) -> None:

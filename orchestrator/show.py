@@ -16,6 +16,7 @@ from orchestrator.run import Attempt, Run
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
 STYLES = {"running": "cyan", "queued": "yellow", "done": "green", "stopped": "yellow", "failed": "bold red"}
@@ -38,6 +39,16 @@ def err() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def whole(table: "Table") -> None:
+    """Print ``table`` on stdout, no cell cut: where the terminal is narrower its lines go on below."""
+    from rich.measure import Measurement
+
+    console = out()
+    needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    console.width = max(console.width, needed)
+    console.print(table, crop=False)
 
 
 @contextmanager
@@ -80,7 +91,7 @@ def plans(estimates: Sequence[Mapping[str, Any]]) -> None:
     columns = [_plan(e) for e in estimates]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
-    out().print(table)
+    whole(table)
     err().print("layout: ranks = data x pipeline x tensor")
 
 

@@ -6,7 +6,7 @@ key, no missing value, no other type. It names neither file nor line, so the wor
 
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,18 +76,20 @@ def convert(cls: type, origins: Origins, prefix: Key = ()) -> Any:
             try:
                 merge(_tree({key: history}, len(prefix)))
             except OmegaConfBaseException:
-                raise _bad_value(cls, key, history[-1], len(prefix)) from None
+                stages = {k[1] for k in origins if k[0] == "stages" and len(k) > 1}
+                raise _bad_value(cls, key, history[-1], len(prefix), stages) from None
         full = (*prefix, *(error.full_key or "").split("."))
         raise _incomplete(full, str(error).splitlines()[0], origins) from None
 
 
-def _bad_value(cls: type, key: Key, origin: Origin, skip: int) -> ConfigError:
+def _bad_value(cls: type, key: Key, origin: Origin, skip: int, stages: Collection[str]) -> ConfigError:
     """Why ``key`` cannot have the value of ``origin``: there is no such key, or it has another type."""
     dotted, place = ".".join(key), f"{origin.place}: " if origin.place else ""
     type_, names, at = _type_at(cls, key[skip:])
     if type_ is None and names:
         unknown = ".".join(key[: skip + at + 1])
-        return ConfigError(f"{place}no key `{unknown}`", hint=elsewhere(key) or did_you_mean(key[skip + at], names))
+        hint = elsewhere(key, stages) or did_you_mean(key[skip + at], names)
+        return ConfigError(f"{place}no key `{unknown}`", hint=hint)
     if type_ is None:
         above = ".".join(key[: skip + at])
         return ConfigError(f"{place}`{above}` is one value, so there is no `{dotted}`", hint=f"set `{above}` itself")
@@ -146,8 +148,10 @@ def _describe(type_: Any) -> str:
     return "a mapping"
 
 
-def elsewhere(key: Key) -> str:
+def elsewhere(key: Key, stages: Collection[str]) -> str:
     """A hint, if ``key`` is the end of a longer one: `parallel.nodes` of `stages.<name>.parallel.nodes`."""
+    if key[0] in stages:
+        return f"did you mean `{'.'.join(('stages', *key))}`?"
     for above in (("stages", "<stage>"), ("model",), ("cluster",), ("data",), ("tracking",)):
         if _type_at(Experiment, (*above, *key))[0] is not None:
             return f"did you mean `{'.'.join((*above, *key))}`?"

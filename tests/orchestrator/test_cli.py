@@ -136,6 +136,7 @@ assert not {"torch", "mlflow", "deepspeed", "matplotlib"} & set(sys.modules)
         ("submit tiny.yaml --stage train", "waits for `prepare`", "--stage prepare --stage train"),
         ("submit tony.yaml", "tony.yaml", ""),
         ("show tiny.yaml --why model.hiden", "model.hiden", "did you mean `hidden`?"),
+        ("plan tiny.yaml --what-if a='b", "`--what-if` a='b: no closing quotation", "overrides as a shell"),
         ("resume tiny", "no run `tiny`", "`orch status` lists the runs"),
         ("cancel ../tiny", "no run `../tiny`", "`orch status` lists the runs"),
         ("logs tiny", "no run `tiny`", "`orch status` lists the runs"),
@@ -156,7 +157,18 @@ def test_a_mistake_is_told_in_one_line_and_writes_nothing(folder, words, error, 
 
 @pytest.mark.parametrize(
     ("words", "error"),
-    [("sumbit tiny.yaml", "did you mean `orch submit`?"), ("plan", "Missing argument"), ("status --jsn", "--json")],
+    [
+        ("sumbit tiny.yaml", "did you mean `orch submit`?"),
+        ("plan", "Missing argument"),
+        ("status --jsn", "--json"),
+        ("plan demo --gpus 8", "`--gpus` goes with `--search` alone"),
+        ("plan demo --for money", "`--for` goes with `--search` alone"),
+        ("plan demo --calibrate x.yaml", "`--calibrate` goes with `--compare` alone"),
+        ("plan demo --search --what-if name=x", "`--search` does not go with `--what-if`"),
+        ("plan demo --what-if name=x --report x.png", "`--report` does not go with `--what-if`"),
+        ("plan demo --report x.pdf", "`x.pdf` is neither X.html nor X.png"),
+        ("plan demo --compare demo", "`--compare` takes a RUN and no CONFIG"),
+    ],
 )
 def test_a_wrong_command_line_is_status_2(words, error):
     result = orch(*words.split())

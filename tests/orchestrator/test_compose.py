@@ -174,6 +174,7 @@ def test_why(folder: Path) -> None:
     [
         ("model.hiddn", "no key `model.hiddn`", "did you mean `hidden`?"),
         ("name.x", "no key `name.x`", ""),
+        ("first.steps", "no key `first`", "did you mean `stages.first.steps`?"),
         ("parallel.nodes", "no key `parallel`", "did you mean `stages.<stage>.parallel.nodes`?"),
     ],
 )
@@ -205,6 +206,8 @@ OVERRIDES = [
     ("stages.second.init_from=firstt", "`stages.second.init_from`: no stage `firstt`", "did you mean `first`?"),
     ("stages.first.after=[second]", "stages wait for each other: `first` -> `second` -> `first`", "take one out"),
     ("stages.first.init_from=first", "stages wait for each other: `first` -> `first`", "take one out"),
+    ("first.parallel.nodes=2", "no key `first`", "did you mean `stages.first.parallel.nodes`?"),
+    ("model=la", "no config `model/la`", "did you mean `large`?"),
     ("model=lrge", "no config `model/lrge`", "did you mean `large`?"),
     ("cluster=mine", "`cluster.gpu` is still to be filled in", "put a value for `???`"),
     ("name=../../x", "experiment name `../../x` cannot be a folder name", "use letters"),

@@ -184,7 +184,7 @@ RULES = [
     ([f"{S}.schedule.ramp_step=40"], "40 does not divide by data 8 x micro_batch 2 = 16", "may be 32 or 48"),
     ([f"{S}.schedule.ramp_from=512"], "512 is more than `global_batch` 256", "a ramp goes up"),
     ([f"{S}.schedule.ramp_tokens=0"], "`ramp_tokens` is 0", "ramp_from: null"),
-    ([f"{S}.schedule.ramp_from=null"], "has a ramp without `ramp_from`", ""),
+    ([f"{S}.schedule.ramp_from=null"], "`ramp_tokens`", "`stages.pretrain.schedule.ramp_tokens=0`"),
     (
         [f"{S}.engine=torch"],
         "`stages.pretrain`: engine `torch` cannot run `parallel.zero=1`: ",
@@ -293,6 +293,12 @@ def test_all_problems_in_one_error(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"FSDP2 shards gradients and weights too$") as e:
         plan(compose(config).experiment, ["more"])
     assert e.value.hint == "`zero: 2` or `zero: 3`"
+
+
+def test_what_slurm_would_not_understand_is_among_the_problems() -> None:
+    with pytest.raises(PlanError) as e:
+        plan(compose("gpt3-125m", ["cluster.slurm.tiem=5", f"{S}.global_batch=250"]).experiment)
+    assert str(e.value).startswith("2 problems\n1. no key `cluster.slurm.tiem`\n   hint: did you mean `time`?\n2. ")
 
 
 def test_a_model_too_large_is_refused_and_the_hint_fits() -> None:

@@ -45,9 +45,9 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     assert base64.b64decode(pictures[0]).startswith(b"\x89PNG")
     assert f"{e.model.params:,}" in text
     assert page(e, []).count("<img") == 0
-    write(tmp_path / "plan.png", e, plan(e))
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["plan.html", "plan.png"]
+    write(tmp_path / "new" / "plan.png", e, plan(e))
+    assert (tmp_path / "new" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(f.name for f in tmp_path.rglob("*.*")) == ["plan.html", "plan.png"]
 
 
 def test_bars_are_as_high_as_the_memory() -> None:
@@ -144,6 +144,36 @@ def test_a_run_of_two_steps_tells_nothing(tmp_path: Path) -> None:
     (run.folder / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
     with pytest.raises(LaunchError, match="2 measured steps, and none of the full batch"):
         compare(run)
+
+
+SHARDS = "data.sources.wikipedia.shards=[/data/wikipedia-train]"
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_tables_are_whole_on_any_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stdout for a terminal
+    monkeypatch.setenv("COLUMNS", columns)
+    found = CliRunner().invoke(cli, ["plan", "gpt3-125m", SHARDS, "--search", "--top", "1"]).stdout
+    assert not {"…", "\n\n"} & set(found)
+    (best,) = json.loads(CliRunner().invoke(cli, ["plan", "gpt3-125m", "--search", "--top", "1", "--json"]).stdout)
+    assert f"{best['memory_gb']['total']:.1f} GB" in found and f"${best['usd']:,.0f}" in found
+    assert found.splitlines()[-1].startswith(f"orch plan gpt3-125m '{SHARDS}'")
+    beside = CliRunner().invoke(cli, ["plan", "gpt3-125m", "--what-if", f"'{SHARDS}'"]).stdout
+    assert SHARDS in beside and "…" not in beside
+
+
+def test_each_stage_is_named_beside_its_numbers() -> None:
+    planned = CliRunner().invoke(cli, ["plan", "instructgpt-1.3b", "--stage", "sft", "--stage", "ppo"])
+    lines = planned.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines if "fullest rank" in line or "a step" in line] == [
+        "sft", "sft", "ppo", "ppo"
+    ]  # fmt: skip
+    searched = CliRunner().invoke(cli, ["plan", "instructgpt-1.3b", "--stage", "sft", "--search"]).stdout
+    assert searched.startswith("sft ")
+    for way in (["--search"], ["--what-if", "name=x"], []):
+        nothing = CliRunner().invoke(cli, ["plan", "demo", "--stage", "prepare", *way])
+        assert (nothing.exit_code, nothing.stdout) == (0, "")
+        assert "none of these stages trains" in nothing.stderr
 
 
 def test_the_command_searches_and_compares_variants() -> None:
