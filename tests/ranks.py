@@ -17,7 +17,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "deepspeed"])
 
 
-def run_ranks(fn, world, *args, timeout_s=240, preload=None):
+def run_ranks(fn, world, *args, timeout_s=1200, preload=None):
     """``fn(Ranks, *args)`` in ``world`` processes that share a process group; its results by rank.
 
     ``fn`` stands at the top of a test module. A rank that raises fails the test with its traceback. ``preload``

@@ -187,7 +187,7 @@ def unbroken(cluster):
     return curve(cluster.run("base"))
 
 
-def wait(condition, what, seconds=180):
+def wait(condition, what, seconds=600):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
@@ -272,7 +272,7 @@ def rank_processes(run):
     return [p for p in processes(run) if p.info["cmdline"][1:4] == ["-u", "-m", "submitit.core._submit"]]
 
 
-def no_orphan(run, seconds=180):
+def no_orphan(run, seconds=600):
     """Nothing of ``run`` goes on, on whatever node: neither a rank nor its forwarder, which has a farewell to say."""
     try:
         wait(lambda: not processes(run), f"the end of all processes of {run.name}", seconds)

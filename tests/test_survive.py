@@ -77,7 +77,7 @@ def orch(folder, *words, ok=0):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         stdin=subprocess.DEVNULL,
         check=False,
     )
@@ -101,7 +101,7 @@ def open_run(folder, name):
     return Run.load(folder / "runs" / name / "pretrain")
 
 
-def wait(condition, what, seconds=120):
+def wait(condition, what, seconds=480):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"

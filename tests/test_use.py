@@ -204,7 +204,7 @@ def test_chat_keeps_the_conversation(chain):
     )
     try:
         os.write(ours, b"Hello\nAnd then?\n/new\nAnd then?\n\x04")
-        out, said = process.communicate(timeout=240)
+        out, said = process.communicate(timeout=600)
     finally:
         process.kill()
         os.close(ours)

@@ -147,7 +147,7 @@ def planned(stage, at):
 
 def compare(cases, world):
     """Planned over measured, less 1, by case and pipeline stage: the fullest rank of each."""
-    measured = run_ranks(peaks, world, cases, timeout_s=1800)
+    measured = run_ranks(peaks, world, cases)
     errors = {}
     for name, stage in cases.items():
         places = [place(rank, world, stage.parallel) for rank in range(world)]

@@ -318,7 +318,7 @@ def test_following_waits_for_the_log_of_the_newest_attempt(folder):
     finally:
         supervisor.kill()
         supervisor.wait()
-    assert follower.communicate(timeout=30)[0] == "new\n"
+    assert follower.communicate(timeout=120)[0] == "new\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -342,7 +342,7 @@ def test_a_failing_stage_shows_its_error_first_and_is_resumed_once_that_is_mende
     text = (folder / "text.jsonl").read_text()
     (folder / "text.jsonl").write_text(text + '{"no text": 1}\n')
     submitted = process("submit", "tiny.yaml", stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    out, err = submitted.communicate(timeout=180)
+    out, err = submitted.communicate(timeout=600)
     assert (submitted.returncode, out) == (1, "")
     (error,) = re.findall("^error: .*", err, flags=re.MULTILINE)
     assert error.startswith("error: `tiny/prepare` failed: rank 0: DataError: ") and "text.jsonl" in error
@@ -354,7 +354,7 @@ def test_a_failing_stage_shows_its_error_first_and_is_resumed_once_that_is_mende
 
     (folder / "text.jsonl").write_text(text)
     resumed = process("resume", "tiny/prepare", stderr=subprocess.PIPE)
-    _, err = resumed.communicate(timeout=180)
+    _, err = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, err
     assert "tiny/prepare: done" in err and "`orch status tiny`" in err
     assert (folder / "data" / "t-train.idx").exists()
@@ -370,10 +370,10 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_anywhere(folder):
         "submit", "tiny.yaml", "stages.train.steps=100000", stderr=there, stdout=there, start_new_session=True
     )
     os.close(there)
-    shown = watch(terminal, lambda text: re.search(r"/100000 +loss", text), 240)
+    shown = watch(terminal, lambda text: re.search(r"/100000 +loss", text), 600)
     first.send_signal(signal.SIGINT)
-    shown += watch(terminal, lambda _: first.poll() is not None, 120)
-    assert first.wait(timeout=30) == 1, shown
+    shown += watch(terminal, lambda _: first.poll() is not None, 480)
+    assert first.wait(timeout=240) == 1, shown
     os.close(terminal)
     assert "asking the runs to save and stop" in shown and "`orch resume tiny`" in shown
     row = json.loads(orch("status", "tiny/train", "--json").stdout)[0]
@@ -385,7 +385,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_anywhere(folder):
 
     (folder / "far").mkdir()
     second = process("--runs", "../runs", "resume", "tiny", "--detach", cwd=folder / "far", stderr=subprocess.PIPE)
-    _, err = second.communicate(timeout=120)
+    _, err = second.communicate(timeout=600)
     assert second.returncode == 0 and "`orch --runs ../runs logs -f tiny`" in err
     live = orch("resume", "tiny")
     assert live.exit_code == 1 and "already" in live.stderr
@@ -414,7 +414,7 @@ def watch(terminal: int, seen, timeout_s: float) -> str:
 
 
 def until_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while json.loads((run / "heartbeat.json").read_text())["step"] < step:
         assert time.monotonic() < deadline
         time.sleep(0.2)

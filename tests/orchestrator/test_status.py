@@ -55,7 +55,7 @@ def orch(run, *words, ok=0, **environment):
     """stdout and stderr of a whole process."""
     command = [sys.executable, "-m", "orchestrator.cli", "--runs", str(run.root), *words]
     base = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run(command, env=base, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=base, capture_output=True, text=True, check=False, timeout=480)
     assert done.returncode == ok, done.stderr
     return done.stdout, done.stderr
 

@@ -340,7 +340,7 @@ def test_killing_the_forwarder_loses_and_doubles_nothing(tmp_path):
     forwarder = track.start_forwarder(run)
     wait_for(lambda: Sent.load(run).status == "RUNNING")
     end(run, attempt, "done")
-    assert forwarder.wait(timeout=240) == 0
+    assert forwarder.wait(timeout=600) == 0
     assert stored(tmp_path / "mlflow.db", run) == written(run), kills
     assert Sent.load(run).status == "FINISHED"
 
@@ -393,7 +393,7 @@ def test_a_server_that_comes_and_goes_gets_every_point_once(tmp_path):
             forwarder.wait()
             forwarder = track.start_forwarder(run)
             end(run, attempt, "done")
-            assert forwarder.wait(timeout=240) == 0
+            assert forwarder.wait(timeout=600) == 0
             noted = run.folder / "tracking.json"
             sent = json.loads(noted.read_text())
             assert (sent["run_id"], sent["status"], sent["step"]) == (before.run_id, "FINISHED", 1000)

@@ -98,7 +98,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_for(what, timeout_s: float = 240.0):
+def wait_for(what, timeout_s: float = 600.0):
     """The first true value of ``what()``."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -200,7 +200,7 @@ def _closed(engine):
 
 
 def _check(tmp_path, world, cases, model, references):
-    of_ranks = run_ranks(_layouts, world, tmp_path, cases, model, timeout_s=900, preload="colossalai.booster.plugin")
+    of_ranks = run_ranks(_layouts, world, tmp_path, cases, model, preload="colossalai.booster.plugin")
     assert all(seen == of_ranks[0] for seen in of_ranks), "the ranks disagree about what they report"
     before = None
     for name, seen in of_ranks[0].items():
@@ -305,7 +305,7 @@ def _tuning(ranks, root, cases):
 @pytest.mark.slow
 @pytest.mark.parity
 def test_tuning_on_2_ranks(tmp_path):
-    seen = run_ranks(_tuning, 2, tmp_path, TUNING, timeout_s=900, preload="colossalai.booster.plugin")
+    seen = run_ranks(_tuning, 2, tmp_path, TUNING, preload="colossalai.booster.plugin")
     assert seen[0] == seen[1], "the ranks disagree about what they report"
     for name, (losses, resumed) in seen[0].items():
         stage = TUNING[name]

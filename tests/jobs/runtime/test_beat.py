@@ -50,7 +50,7 @@ def rank(run, monkeypatch):
 
 
 def until(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
