@@ -1,7 +1,12 @@
-"""Settings every test shares: one thread a process, no telemetry, no deadlines, no skipping where all must run."""
+"""Settings every test shares: one thread a process, no telemetry, no deadlines, no skipping where all must run.
+
+With ``ORCH_TESTS_MINUTES`` no test begins after so long; those left are skipped by name. A machine of usual speed has
+run them all by then, and a slow one has still said something: what is marked slow comes last.
+"""
 
 import os
 import signal
+import time
 
 import pytest
 from hypothesis import settings
@@ -17,11 +22,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+BEGAN, TIME_IS_UP = time.monotonic(), "the time for tests is up"
+
+
+def pytest_collection_modifyitems(items):
+    """Those that are marked slow last, else in their order."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Begin nothing once ``ORCH_TESTS_MINUTES`` are over."""
+    if time.monotonic() - BEGAN > 60 * float(os.environ.get("ORCH_TESTS_MINUTES", "inf")):
+        pytest.skip(TIME_IS_UP)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Turn a skip into a failure where ``ORCH_TESTS_REQUIRE_ALL`` is set, as in continuous integration."""
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and os.environ.get("ORCH_TESTS_REQUIRE_ALL") and not hasattr(report, "wasxfail"):
+    late = TIME_IS_UP in str(report.longrepr)
+    if report.skipped and os.environ.get("ORCH_TESTS_REQUIRE_ALL") and not (late or hasattr(report, "wasxfail")):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped where every test must run: {report.longrepr}"

@@ -18,6 +18,8 @@ from jobs.runtime.job import Ranks
 from jobs.runtime.resume import load_rng, save_rng
 from orchestrator.spec import CHECKPOINT_BYTES_PER_PARAM, ModelSpec, OptimizerSpec, ParallelPlan, StageSpec
 
+pytestmark = pytest.mark.slow
+
 MODEL = ModelSpec(layers=2, hidden=32, heads=4, vocab=97, seq_len=16)
 BATCH, STEPS, LR = 8, 6, 3e-3
 TORCH = {"ddp": ("torch", 0), "zero2": ("torch", 2), "fsdp2": ("torch", 3)}
@@ -286,7 +288,6 @@ def _start_from(ranks, root, cases):
     return seen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_weights_of_another_run(tmp_path, precision):
     """Adam's first step moves each weight by the learning rate (arXiv:1412.6980, section 2.1), a later one by less."""
