@@ -184,7 +184,7 @@ RULES = [
     ([f"{S}.schedule.ramp_step=40"], "40 does not divide by data 8 x micro_batch 2 = 16", "may be 32 or 48"),
     ([f"{S}.schedule.ramp_from=512"], "512 is more than `global_batch` 256", "a ramp goes up"),
     ([f"{S}.schedule.ramp_tokens=0"], "`ramp_tokens` is 0", "ramp_from: null"),
-    ([f"{S}.schedule.ramp_from=null"], "`ramp_tokens`", "`stages.pretrain.schedule.ramp_tokens=0`"),
+    ([f"{S}.schedule.ramp_from=null"], "schedule.ramp_tokens` is", "`stages.pretrain.schedule.ramp_tokens=0`"),
     (
         [f"{S}.engine=torch"],
         "`stages.pretrain`: engine `torch` cannot run `parallel.zero=1`: ",
