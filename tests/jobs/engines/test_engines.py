@@ -3,6 +3,7 @@
 All cases of a world size share one process group. The reference is a plain loop over whole batches.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -195,8 +196,13 @@ def test_a_batch_of_changing_size():
 DROPOUT = replace(MODEL, dropout=0.1)
 
 
+def _exploding(nll, batch):
+    return mean_loss(nll, batch) * float("inf")
+
+
 def _resume(ranks, root, cases):
-    """Unbroken losses, and those after a save at half way into an engine that was built with other weights."""
+    """Unbroken losses, and those after a save at half way into an engine of other weights, which a step that was not
+    finite has spoiled besides."""
     seen = {}
     for name, stage in cases.items():
         folder = root / name
@@ -215,6 +221,9 @@ def _resume(ranks, root, cases):
         torch.manual_seed(77 + ranks.rank)
         engine = _build(replace(stage, seed=7), ranks, DROPOUT)
         _train(engine, ranks, range(9, 10), DROPOUT)
+        engine.loss_fn = _exploding
+        assert not math.isfinite(_train(engine, ranks, range(10, 11), DROPOUT)[0][0]), name
+        engine.loss_fn = mean_loss
         pieces.load(folder, engine)
         load_rng(folder, ranks.rank)
         seen[name] = (unbroken, _train(engine, ranks, range(3, 6), DROPOUT))
