@@ -63,7 +63,7 @@ AGENT = """
 import json, subprocess, sys, threading
 def answer(number, words):
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=1800, stdin=subprocess.DEVNULL)
         code, said = done.returncode, done.stdout + done.stderr
     except (OSError, subprocess.TimeoutExpired) as e:
         code, said = 255, str(e)
@@ -238,7 +238,7 @@ def finished_once_in_mlflow(run, database=None, steps=STEPS):
     """MLflow has one run, FINISHED, with every step once."""
     whole = list(range(1, steps + 1)), "FINISHED"
     if database is None and in_mlflow(run) != whole:  # a forwarder's farewell is short where the machine is slow
-        subprocess.run([ORCH, "--runs", run.root, "sync", run.name], check=True, timeout=300, capture_output=True)
+        subprocess.run([ORCH, "--runs", run.root, "sync", run.name], check=True, timeout=900, capture_output=True)
     has = in_mlflow(run, database)
     assert has == whole, f"MLflow has {has}"
 

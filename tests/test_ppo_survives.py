@@ -99,11 +99,11 @@ def test_killed_anywhere_it_goes_on(place, monkeypatch):
     (place / "kill").write_text("score")
     orch(place, "submit", "chain.yaml", "--stage", "again", "--detach")
     for when in ("update", "rollout", None):
-        wait(lambda: state(place, run) == "failed", "its death", 300)
+        wait(lambda: state(place, run) == "failed", "its death", 1200)
         if when:
             (place / "kill").write_text(when)
         orch(place, "resume", "chain/again", "--detach")
-    wait(lambda: state(place, run) == "done", "its end", 300)
+    wait(lambda: state(place, run) == "done", "its end", 1200)
     attempts = Run.load(run.folder).attempts()
     first, *others = (a.from_step for a in attempts)
     assert first == 0

@@ -100,7 +100,7 @@ def killed_and_resumed(place, stage, step, *stages):
     """``broken/<stage>``, which lost a rank after ``step``."""
     run = Run(folder=place / "runs" / "broken" / stage, experiment="broken", stage=stage, index=2, key="")
     orch(place, "submit", "base.yaml", "name=broken", *(f"--stage={name}" for name in (*stages, stage)), "--detach")
-    wait(lambda: max(run.metrics(), default=0) >= step, f"step {step}", 300)
+    wait(lambda: max(run.metrics(), default=0) >= step, f"step {step}", 1200)
     os.kill(rank_process(run, 1).pid, signal.SIGKILL)
     wait(lambda: state(place, run) == "failed", "the run has failed")
     orch(place, "resume", f"broken/{stage}")

@@ -204,7 +204,7 @@ def test_an_ordinary_user(cluster):
             *(SLURMBOX, "2", "--", ORCH, "submit", "base.yaml", "--stage", "prepare", "--stage", "pretrain"),
             *(f"stages.pretrain.{word}" for word in overrides),
         ]
-        ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+        ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=1800)
         if "no namespaces for user" in ran.stderr:
             pytest.skip(ran.stderr.strip())
         assert ran.returncode == 0, ran.stdout + ran.stderr

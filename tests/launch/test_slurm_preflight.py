@@ -197,7 +197,7 @@ def test_rates_are_measured(tmp_path):
         for i in range(2)
     ]
     try:
-        said = [json.loads(process.communicate(timeout=240)[0]) for process in started]
+        said = [json.loads(process.communicate(timeout=900)[0]) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -73,7 +73,7 @@ def place(cluster, request):
 
 def began(place, run, name):
     """Write the attempt as rank 0 would, once its job runs."""
-    wait(lambda: place.cluster.job(run) == "RUNNING", f"the start of {run.name}", 60)
+    wait(lambda: place.cluster.job(run) == "RUNNING", f"the start of {run.name}", 300)
     attempt = Attempt(name=name, job_id=run.submissions[-1].job_id, world=2, host="node1", started_at=time.time())
     run.save_attempt(attempt)
     (run.folder / "logs").mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ def test_requeued_cancelled_and_followed(place):
         return [e["cause"] for e in row["logbook"]]
 
     whole = ["requeued before it could save (REQUEUED)", "ended by scancel (CANCELLED)"]
-    wait(lambda: ends() == whole, f"accounting, which lags, to say {whole}", 60)
+    wait(lambda: ends() == whole, f"accounting, which lags, to say {whole}", 300)
     page = place.orch("status", "requeued/pretrain", "--markdown")
     assert page.startswith("## Logbook of requeued/pretrain") and whole[1] in page
     with place.stopped("slurmdbd"):

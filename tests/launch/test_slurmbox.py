@@ -47,7 +47,7 @@ def started(tmp_path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]
     outer = subprocess.Popen([SLURMBOX, "2", "--", "sh", "-c", script, "sh", tmp_path / "ready"])
     inside: list[psutil.Process] = []
     try:
-        wait((tmp_path / "ready").exists, 60)
+        wait((tmp_path / "ready").exists, 300)
         inside += psutil.Process(outer.pid).children(recursive=True)
         yield outer, inside
     finally:
@@ -100,7 +100,7 @@ def test_sigterm_reaches_the_command(tmp_path):
     script = 'touch "$1"; exec sleep 60'
     outer = subprocess.Popen([SLURMBOX, "1", "--", "sh", "-c", script, "sh", tmp_path / "ready"])
     try:
-        wait((tmp_path / "ready").exists, 60)
+        wait((tmp_path / "ready").exists, 300)
         outer.terminate()
         assert outer.wait(20) == 128 + signal.SIGTERM
     finally:
