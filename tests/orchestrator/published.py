@@ -6,7 +6,7 @@ that repeat them (Megatron-LM, examples/sc21/run_table_1.sh); [K] Korthikanti et
 [B] bigscience, train/tr11-176B-ml/chronicles-prequel.md, on A100 with 4 x 100 Gb/s a node, kernels launched one at a
 time (CUDA_LAUNCH_BLOCKING=1, section "dealing with JZ hanging"); [M] MegaScale, arXiv:2402.15627, table 2, its
 Megatron-LM baseline, looked at only after everything else stood; [L] llm-foundry, scripts/train/benchmarking/README.md,
-MPT under PyTorch's FSDP, likewise.
+MPT under PyTorch's FSDP, which showed that it gathers through all ports of a node.
 """
 
 import csv
