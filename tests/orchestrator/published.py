@@ -240,7 +240,7 @@ def mpt() -> list[Row]:
             m = gpt(*MPT[row["model"]], vocab=50368, seq_len=seq_len, dropout=0)
             assert m.params == int(row["params"])
             zero = 3 if row["sharding"] == "FULL_SHARD" else 2
-            plan = replace(ParallelPlan(zero=zero, micro_batch=micro), recompute=row["recompute"])
+            plan = ParallelPlan(zero=zero, micro_batch=micro, recompute=row["recompute"])
             batch = micro * int(row["turns"]) * gpus
             measured = batch * seq_len / (gpus * int(row["tokens_per_s_per_gpu"]))
             cluster = MPT_ON[row["gpu"]]
