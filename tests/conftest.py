@@ -6,9 +6,9 @@ run them all by then, and a slow one has still said something: what is marked sl
 
 import os
 import signal
-import time
 
 import pytest
+from clock import TIME_IS_UP, skip_when_time_is_up
 from hypothesis import settings
 
 settings.register_profile("orch", deadline=None)  # how long an example takes is the machine's affair
@@ -22,9 +22,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-BEGAN, TIME_IS_UP = time.monotonic(), "the time for tests is up"
-
-
 def pytest_collection_modifyitems(items):
     """Those that are marked slow last, else in their order."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
@@ -33,8 +30,7 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Begin nothing once ``ORCH_TESTS_MINUTES`` are over."""
-    if time.monotonic() - BEGAN > 60 * float(os.environ.get("ORCH_TESTS_MINUTES", "inf")):
-        pytest.skip(TIME_IS_UP)
+    skip_when_time_is_up()
 
 
 @pytest.hookimpl(hookwrapper=True)

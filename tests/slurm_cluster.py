@@ -9,13 +9,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from clock import slowness, wait
 
 from launch import _slurmbox
 from orchestrator.errors import LaunchError
@@ -63,7 +63,7 @@ AGENT = """
 import json, subprocess, sys, threading
 def answer(number, words):
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=1800, stdin=subprocess.DEVNULL)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=9000, stdin=subprocess.DEVNULL)
         code, said = done.returncode, done.stdout + done.stderr
     except (OSError, subprocess.TimeoutExpired) as e:
         code, said = 255, str(e)
@@ -98,7 +98,7 @@ class Cluster:
             self._waiting.append(answer)
             self._agent.stdin.write(json.dumps([len(self._waiting) - 1, [str(word) for word in words]]) + "\n")
             self._agent.stdin.flush()
-        code, said = answer.result(660)
+        code, said = answer.result(660 * slowness())
         assert code == ok, said
         return said
 
@@ -147,7 +147,7 @@ class Cluster:
         script = f'{small} setsid "$@" >"$0" 2>&1 & echo $!'
         process = self("sh", "-c", script, self.folder / "served.log", *command).strip()
         knock = "until (: < /dev/tcp/login/5000) 2>/dev/null; do sleep .2; done"
-        self("timeout", "200", "bash", "-c", knock)
+        self("timeout", f"{200 * slowness():.0f}", "bash", "-c", knock)
         return "http://login:5000", process, database
 
     def close(self):
@@ -164,6 +164,7 @@ def cluster(tmp_path_factory):
         _slurmbox.check()
     except LaunchError as error:
         pytest.skip(f"{error}; {error.hint}")
+    slowness()  # before anything else runs here
     folder = tmp_path_factory.mktemp("slurm")
     write_text(folder)
     box = Cluster(folder)
@@ -187,19 +188,11 @@ def unbroken(cluster):
     return curve(cluster.run("base"))
 
 
-def wait(condition, what, seconds=600):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
-        time.sleep(0.1)
-    return value
-
-
 def wait_for_step(run, step):
     wait(lambda: max(run.metrics(), default=0) >= step, f"step {step} of {run.name}")
 
 
-def wait_for_end(cluster, run, attempt, seconds=240):
+def wait_for_end(cluster, run, attempt, seconds=300):
     """Wait until ``attempt`` of ``run`` has a cause and the job has left the queue; return all attempts."""
     wait(lambda: [a for a in run.attempts() if a.name == attempt and a.cause], f"the end of {attempt}", seconds)
     wait(lambda: cluster.job(run) in ("", "COMPLETED", "FAILED", "CANCELLED"), "leaving the queue")
@@ -272,10 +265,10 @@ def rank_processes(run):
     return [p for p in processes(run) if p.info["cmdline"][1:4] == ["-u", "-m", "submitit.core._submit"]]
 
 
-def no_orphan(run, seconds=600):
+def no_orphan(run):
     """Nothing of ``run`` goes on, on whatever node: neither a rank nor its forwarder, which has a farewell to say."""
     try:
-        wait(lambda: not processes(run), f"the end of all processes of {run.name}", seconds)
+        wait(lambda: not processes(run), f"the end of all processes of {run.name}")
     except AssertionError as error:
         raise AssertionError([*error.args, *(p.info["cmdline"][:8] for p in processes(run))]) from error
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from test_survive import orch, state, wait
+from clock import wait
+from test_survive import orch, state
 
 from jobs.data.functions import functions
 from orchestrator.run import Run

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from clock import wait
 
 from orchestrator.run import Run
 
@@ -99,14 +100,6 @@ def whole(folder, engine):
 
 def open_run(folder, name):
     return Run.load(folder / "runs" / name / "pretrain")
-
-
-def wait(condition, what, seconds=480):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
-        time.sleep(0.02)
-    return value
 
 
 def rank_process(run, rank):

@@ -6,7 +6,8 @@ import os
 import signal
 
 import pytest
-from test_survive import curve, orch, rank_process, state, wait
+from clock import wait
+from test_survive import curve, orch, rank_process, state
 
 from jobs.data.functions import functions
 from orchestrator.run import Run

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from clock import wait
 
 from launch import local
 from orchestrator.errors import LaunchError
@@ -97,15 +98,8 @@ def chain(tmp_path: Path) -> Iterator[Callable[..., list[Run]]]:
             local.kill(local.session(submission.job_id))
 
 
-def until(condition: Callable[[], object], what: str, timeout_s: float = 300) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.05)
-
-
 def told(run: Run, rank: int) -> dict:
-    until((run.folder / f"told-{rank}.json").exists, f"rank {rank} of {run.name} runs")
+    wait((run.folder / f"told-{rank}.json").exists, f"rank {rank} of {run.name} runs")
     return read_json(run.folder / f"told-{rank}.json")
 
 
@@ -115,7 +109,7 @@ def state(run: Run) -> str:
 
 
 def settled(run: Run) -> str:
-    until(lambda: not local.alive(Run.load(run.folder)), f"{run.name} ends")
+    wait(lambda: not local.alive(Run.load(run.folder)), f"{run.name} ends")
     return state(run)
 
 
@@ -124,7 +118,7 @@ def lives(pid: int) -> bool:
 
 
 def leftovers(job_id: str) -> list[psutil.Process]:
-    until(lambda: not list(local.session(job_id)), "the session is empty", timeout_s=120)
+    wait(lambda: not list(local.session(job_id)), "the session is empty")
     return list(local.session(job_id))
 
 
@@ -156,7 +150,7 @@ def test_a_failing_rank_ends_its_peers_and_the_chain(chain):
     first, second = chain({"fail": 1}, {})
     local.submit([first, second])
     assert settled(first) == "failed"
-    until(lambda: state(second) == "new", "as if it had not been submitted: `orch resume` will", 10)
+    wait(lambda: state(second) == "new", "as if it had not been submitted: `orch resume` will")
     assert [(f["rank"], f["type"], f["hint"]) for f in first.failures("1")] == [(1, "DataError", "prepare it")]
     assert not lives(told(first, 0)["pid"])
     assert leftovers(first.submissions[-1].job_id) == []
@@ -179,7 +173,7 @@ def test_cancel_lets_a_run_save_and_starts_nothing_more(chain):
     local.cancel(first)
     assert settled(first) == "stopped"
     assert (first.attempts()[0].cause, first.attempts()[0].to_step) == ("cancelled", 7)
-    until(lambda: state(second) == "new", "the queued run is withdrawn", 10)
+    wait(lambda: state(second) == "new", "the queued run is withdrawn")
     assert leftovers(first.submissions[-1].job_id) == []
     with pytest.raises(LaunchError, match="is not running"):
         local.cancel(Run.load(first.folder))
@@ -194,7 +188,7 @@ def test_cancel_of_a_queued_run_leaves_the_running_one_alone(chain):
     local.submit([first, second, third])
     told(first, 0)
     local.cancel(second)
-    until(lambda: (state(second), state(third)) == ("new", "new"), "the queued runs are withdrawn", 5)
+    wait(lambda: (state(second), state(third)) == ("new", "new"), "the queued runs are withdrawn")
     assert state(first) == "running"
     assert settled(first) == "done"
 
@@ -216,7 +210,7 @@ def test_ranks_that_outlive_their_supervisor_count_and_can_be_cancelled(chain):
     told(run, 0), told(run, 1)
     supervisor = int(run.submissions[-1].job_id.rpartition(":")[2].partition("@")[0])
     os.kill(supervisor, signal.SIGKILL)
-    until(lambda: psutil.Process(supervisor).status() == psutil.STATUS_ZOMBIE, "the supervisor is gone")
+    wait(lambda: psutil.Process(supervisor).status() == psutil.STATUS_ZOMBIE, "the supervisor is gone")
     assert local.alive(run)  # or a second writer could start
     local.cancel(run)
     assert settled(run) == "stopped"

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from slurm_cluster import ORCH, wait
+from clock import wait
+from slurm_cluster import ORCH
 
 from launch import _slurm_doctor
 from launch._slurm_container import Container

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 
 import pytest
+from clock import wait
 from slurm_cluster import (
     ORCH,
     SAVE_EVERY,
@@ -26,7 +27,6 @@ from slurm_cluster import (
     rank_processes,
     same_curve,
     steps_in_file,
-    wait,
     wait_for_end,
     wait_for_step,
 )
@@ -37,7 +37,7 @@ AT_A_TIME = 4  # a rank costs a processor some seconds to start
 ALL = list(range(1, STEPS + 1))
 ALONE = ("engine=torch", "parallel.zero=0", "parallel.nodes=1")  # one rank, which no peer stops
 SLURM_CONF = threading.Lock()  # of whoever changes how all preempted jobs are told, and of those who are told
-NOTICED_S = 400  # Slurm takes half a minute to miss a node, then the run starts anew; here, beside others
+NOTICED_S = 400  # Slurm takes half a minute to miss a node, then the run starts anew, beside others
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,15 @@ def dealt(cluster, unbroken, request):
     """The runs of the chosen tests, each with its fault coming; `.result()` once it is over."""
     names = {item.function.__name__ for item in request.session.items}
     chosen, runs = [fault for fault in FAULTS if f"test_{fault.__name__}" in names], {}
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
+    pool = ThreadPoolExecutor(AT_A_TIME)
+    try:
         for fault in chosen:
             runs[fault] = pool.submit(fault, cluster)
             if fault is outage:  # which would hit the others too
                 runs[fault].exception()
         yield runs
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def outage(cluster):

@@ -5,6 +5,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from clock import wait
 from slurm_cluster import (
     ORCH,
     finished_once_in_mlflow,
@@ -12,7 +13,6 @@ from slurm_cluster import (
     is_told,
     no_orphan,
     steps_in_file,
-    wait,
     wait_for_end,
     wait_for_step,
 )

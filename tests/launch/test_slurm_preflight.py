@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from clock import wait
 from slurm_cluster import NODES as BOX
-from slurm_cluster import ORCH, Cluster, wait
+from slurm_cluster import ORCH, Cluster
 
 from jobs.runtime import probe
 from jobs.runtime.slurm import first_host

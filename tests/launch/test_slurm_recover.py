@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from clock import wait
 from slurm_cluster import (
     NODES,
     ORCH,
@@ -16,7 +17,6 @@ from slurm_cluster import (
     no_orphan,
     processes,
     same_curve,
-    wait,
     wait_for_end,
     wait_for_step,
 )

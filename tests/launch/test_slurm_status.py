@@ -10,7 +10,8 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from slurm_cluster import NODES, ORCH, wait
+from clock import wait
+from slurm_cluster import NODES, ORCH
 from tracked import make_chain
 
 from orchestrator.run import Attempt, Run, Submission

@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from clock import wait
 
 from launch import _slurmbox
 from orchestrator.errors import LaunchError
@@ -32,7 +32,7 @@ def able():
         pytest.skip(f"{error}; {error.hint}")
 
 
-def box(*arguments: str | Path, ok: int = 0, timeout: float = 300, before: tuple[str, ...] = ()) -> tuple[str, str]:
+def box(*arguments: str | Path, ok: int = 0, timeout: float = 1200, before: tuple[str, ...] = ()) -> tuple[str, str]:
     """Run `slurmbox` with ``arguments``; return what it printed and what it said."""
     command = [*before, str(SLURMBOX), *map(str, arguments)]
     ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout)
@@ -47,7 +47,7 @@ def started(tmp_path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]
     outer = subprocess.Popen([SLURMBOX, "2", "--", "sh", "-c", script, "sh", tmp_path / "ready"])
     inside: list[psutil.Process] = []
     try:
-        wait((tmp_path / "ready").exists, 300)
+        wait((tmp_path / "ready").exists)
         inside += psutil.Process(outer.pid).children(recursive=True)
         yield outer, inside
     finally:
@@ -56,13 +56,6 @@ def started(tmp_path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]
         for process in inside:
             if process.is_running():  # the same one: psutil compares its start time
                 process.kill()
-
-
-def wait(done, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, f"nothing in {seconds:g} s"
-        time.sleep(0.05)
 
 
 def on_disk() -> set[str]:
@@ -100,7 +93,7 @@ def test_sigterm_reaches_the_command(tmp_path):
     script = 'touch "$1"; exec sleep 60'
     outer = subprocess.Popen([SLURMBOX, "1", "--", "sh", "-c", script, "sh", tmp_path / "ready"])
     try:
-        wait((tmp_path / "ready").exists, 300)
+        wait((tmp_path / "ready").exists)
         outer.terminate()
         assert outer.wait(20) == 128 + signal.SIGTERM
     finally:
@@ -157,7 +150,7 @@ def test_partition_power_cut_and_healing(tmp_path):
         while [ "$(down idle)" != 3 ]; do sleep .2; done
         srun -N3 hostname
     """
-    printed, _ = box(3, "--", "sh", "-c", script, "sh", tmp_path, timeout=400)
+    printed, _ = box(3, "--", "sh", "-c", script, "sh", tmp_path)
     first, *rest = printed.split()
     assert first == "node[2-3]"
     assert sorted(rest) == ["node1", "node2", "node3"]

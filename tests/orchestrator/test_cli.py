@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner, Result
+from clock import wait
 from tracked import make_chain
 
 from launch import local
@@ -414,7 +415,4 @@ def watch(terminal: int, seen, timeout_s: float) -> str:
 
 
 def until_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 480
-    while json.loads((run / "heartbeat.json").read_text())["step"] < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait(lambda: json.loads((run / "heartbeat.json").read_text())["step"] >= step, f"step {step}", every=0.2)

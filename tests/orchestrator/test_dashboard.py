@@ -12,7 +12,8 @@ import urllib.request
 import psutil
 import pytest
 from browser import Browser
-from tracked import end, free_port, make_chain, start, wait_for
+from clock import wait
+from tracked import end, free_port, make_chain, start
 
 from orchestrator import dashboard, track
 from orchestrator.errors import TrackingError
@@ -161,7 +162,7 @@ def test_the_printed_address_shows_every_stage(tmp_path):
             pages = dict(dashboard.addresses(tmp_path, None, base))
             assert pages["demo"] == dashboard.dashboard_url(runs[0], base)
             browser.open(pages["demo"])
-            drawn = wait_for(lambda: all_drawn(browser.evaluate(CURVES), stages=2))
+            drawn = wait(lambda: all_drawn(browser.evaluate(CURVES), stages=2))
             for name, (steps, loss) in expected.items():
                 x, y = drawn["train/loss"][name]
                 assert x == steps
@@ -170,7 +171,7 @@ def test_the_printed_address_shows_every_stage(tmp_path):
             browser.screenshot(tmp_path / "dashboard.png")
 
             browser.open(pages["empty"])  # the same question has another answer where there is nothing to draw
-            wait_for(lambda: "No charts in this section" in (browser.evaluate(TEXT) or ""))
+            wait(lambda: "No charts in this section" in (browser.evaluate(TEXT) or ""))
             time.sleep(3)  # as long as the curves take above
             browser.screenshot(tmp_path / "empty.png")
             assert not any(browser.evaluate(CURVES).values())

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tracked import make_chain, wait_for
+from clock import wait
+from tracked import make_chain
 
 from launch import _slurm_queue as queue
 from orchestrator import show, status
@@ -97,12 +98,12 @@ def test_following_goes_on_with_the_next_attempt(run, rank, said):
         with shown.open("w") as out:
             follower = subprocess.Popen([*command, "--rank", rank], env=environment, stdout=out)
         try:
-            wait_for(lambda: shown.read_text() == said[: len("d\n")] if rank == "0" else shown.read_text() == said)
+            wait(lambda: shown.read_text() == said[: len("d\n")] if rank == "0" else shown.read_text() == said)
             with (logs / "1r1-0.log").open("a") as log:
                 log.write("more\n")
             (logs / "1r2-0.log").write_text("new\n")
             (logs / "1r2-1.log").write_text("last")
-            wait_for(lambda: "new\n" in shown.read_text())
+            wait(lambda: "new\n" in shown.read_text())
             if rank == "all":
                 assert "half" not in shown.read_text() and "last" not in shown.read_text()
         except BaseException:
@@ -153,7 +154,7 @@ def test_watching_without_a_terminal_prints_lines_until_all_have_ended(run):
         with shown.open("w") as out:
             watcher = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=out)
         try:
-            wait_for(lambda: shown.read_text() == "demo/pretrain: running\n")
+            wait(lambda: shown.read_text() == "demo/pretrain: running\n")
         except BaseException:
             watcher.kill()
             raise

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tracked import end, free_port, make_chain, start, stored, wait_for, written
+from clock import wait
+from tracked import end, free_port, make_chain, start, stored, written
 
 from orchestrator import dashboard, track
 from orchestrator.errors import TrackingError
@@ -54,10 +55,10 @@ def test_heartbeat_and_machine_load_come_from_beside_the_training(tmp_path):
     run = make_chain(tmp_path)[0]
     lines = track.Metrics(run, "1")
     lines.heartbeat(step=1, steps=9, tokens=8, loss=2.5, tokens_per_s=3.0)
-    first = wait_for(run.heartbeat, 5)
+    first = wait(run.heartbeat)
     lines.heartbeat(step=2, steps=9, tokens=16)
     assert run.heartbeat() == first  # at most once a second
-    wait_for(lambda: lines._system, 5)
+    wait(lambda: lines._system)
     lines.log(2, {}, tokens=16)
     lines.log(3, {}, tokens=24)
     lines.close()
@@ -104,7 +105,7 @@ def test_a_step_takes_microseconds_while_mlflow_is_away(tmp_path):
     attempt = start(run)
     lines, forwarder = track.Metrics(run, "1"), track.start_forwarder(run)
     try:
-        wait_for(lambda: "trying again" in (run.folder / "logs" / "forwarder.log").read_text())
+        wait(lambda: "trying again" in (run.folder / "logs" / "forwarder.log").read_text())
         took_s = []
         for step in range(1, 2001):
             before = time.perf_counter()
@@ -333,12 +334,12 @@ def test_killing_the_forwarder_loses_and_doubles_nothing(tmp_path):
     kills = sorted(random.sample(range(60, 900), 2))
     for step in kills:
         forwarder = track.start_forwarder(run)
-        wait_for(lambda s=step: Sent.load(run).step >= s)
+        wait(lambda s=step: Sent.load(run).step >= s)
         forwarder.kill()  # most likely inside the next batch
         forwarder.wait()
     assert Sent.load(run).step < 1000, kills
     forwarder = track.start_forwarder(run)
-    wait_for(lambda: Sent.load(run).status == "RUNNING")
+    wait(lambda: Sent.load(run).status == "RUNNING")
     end(run, attempt, "done")
     assert forwarder.wait(timeout=600) == 0
     assert stored(tmp_path / "mlflow.db", run) == written(run), kills
@@ -359,11 +360,11 @@ def test_a_killed_trainer_leaves_no_run_running(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
         try:
             forwarder = int(trainer.stdout.readline())
-            wait_for(lambda: Sent.load(run).status == "RUNNING" and Sent.load(run).step > 0)
+            wait(lambda: Sent.load(run).status == "RUNNING" and Sent.load(run).step > 0)
             os.kill(forwarder, signal.SIGTERM)  # as Slurm does to all of a job
         finally:
             trainer.kill()
-    wait_for(lambda: not Path(f"/proc/{forwarder}").exists() or "Z" in Path(f"/proc/{forwarder}/stat").read_text())
+    wait(lambda: not Path(f"/proc/{forwarder}").exists() or "Z" in Path(f"/proc/{forwarder}/stat").read_text())
     assert Sent.load(run).status == "FAILED"
     assert stored(tmp_path / "mlflow.db", run) == written(run)
 
@@ -379,16 +380,16 @@ def test_a_server_that_comes_and_goes_gets_every_point_once(tmp_path):
     trainer = threading.Thread(target=log_steps, args=(run, "1", range(1, 901)), kwargs={"pause_s": 0.01})
     trainer.start()
     try:
-        wait_for(lambda: "trying again" in (run.folder / "logs" / "forwarder.log").read_text())
+        wait(lambda: "trying again" in (run.folder / "logs" / "forwarder.log").read_text())
         with dashboard.serve(store, None, port):
-            wait_for(lambda: Sent.load(run).step > 0)
+            wait(lambda: Sent.load(run).step > 0)
             time.sleep(random.random())
         before = Sent.load(run)
         trainer.join()
         log_steps(run, "1r1", range(801, 1001))
         with dashboard.serve(store, None, port) as base:
             assert base.endswith(f":{port}")
-            wait_for(lambda: Sent.load(run).step > before.step)
+            wait(lambda: Sent.load(run).step > before.step)
             forwarder.kill()
             forwarder.wait()
             forwarder = track.start_forwarder(run)

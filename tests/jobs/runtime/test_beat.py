@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
+from clock import wait
 
 from jobs.runtime import beat, faults
 from jobs.runtime.job import Ranks
@@ -49,20 +49,12 @@ def rank(run, monkeypatch):
         process.wait()
 
 
-def until(condition):
-    deadline = time.monotonic() + 240
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
-
-
 def test_a_rank_says_where_it_is_and_leaves_when_it_is_declared_over(run, rank):
     assert rank.stdout.readline() == "started True\n" and rank.stdout.readline() == "trained\n"
-    (sign,) = until(lambda: [s for s in beat.read(run, "1") if s.marks == 3])
+    (sign,) = wait(lambda: [s for s in beat.read(run, "1") if s.marks == 3], "the third mark", every=0.02)
     assert (sign.rank, sign.node, sign.phase, sign.step) == (1, "node7", "step", 2)
     assert sign.step_s >= 0.1
-    until(lambda: any(s.beats > sign.beats for s in beat.read(run, "1")))
+    wait(lambda: any(s.beats > sign.beats for s in beat.read(run, "1")), "the next beat")
     assert faults.is_current(run, "1")
     run.save_end(Attempt(name="1", job_id="7", world=2, host="node7", started_at=1.0, next="requeue"))
     assert rank.wait(60) == 1
@@ -85,7 +77,7 @@ def test_a_sign_is_written_over_the_one_before(run, monkeypatch):
     monkeypatch.setenv(beat.PERIOD, "600")
     signs = beat.start(run, "1", Ranks(rank=3, world=4))
     file = beat.beats(run) / "1-3.json"
-    until(lambda: beat.read(run, "1"))
+    wait(lambda: beat.read(run, "1"), "the first beat")
     before = file.stat()
     signs.mark("save", 1_000_000)
     signs._write()
