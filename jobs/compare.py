@@ -99,6 +99,7 @@ def run(job: Job) -> dict[str, float]:
         "stage": [stage.seed, stage.steps, stage.global_batch, stage.eval_samples],
         "examples": [fingerprint(files_of(data, options.examples, split), chat) for split in SPLITS],
         "policy": job.record.loaded.get(policy_of) if policy_of else None,
+        "rule": rules.source_sha256(options.rule) if policy_of else None,
     }
     if all(dist.gather(found_whole(targets, made_of))):
         log.info("found whole: `%s`", "`, `".join(map(str, targets.values())))

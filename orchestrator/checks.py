@@ -353,7 +353,8 @@ def _saves(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec)
         yield Problem(
             message=f"`cluster.slurm.time` is {limit:,.0f} s, and starting ({cluster.restart_s:,.0f} s) and two saves "
             f"({2 * save_s:,.0f} s) leave nothing to train",
-            hint=f"`cluster.slurm.time` may be {math.ceil(10 * least / 60)} (minutes) and more",
+            hint=f"`cluster.slurm.time` may be {math.floor(least / 60) + 1} (minutes) and more; "
+            f"of {math.ceil(10 * least / 60)}, nine tenths train",
         )
 
 

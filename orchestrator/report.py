@@ -34,7 +34,7 @@ def write(path: Path, experiment: Experiment, estimates: Sequence[Estimate]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".png":
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(_png(draw(experiment, estimates[0])))  # of the first stage that trains
+        temporary.write_bytes(_png(draw(experiment, *estimates)))
         temporary.replace(path)
         return
     write_atomic(path, page(experiment, estimates))
@@ -75,23 +75,27 @@ def _facts(e: Estimate) -> dict[str, str]:
     }
 
 
-def draw(experiment: Experiment, e: Estimate) -> "Figure":
-    """The pictures of one stage, in one figure."""
+def draw(experiment: Experiment, *estimates: Estimate) -> "Figure":
+    """The pictures of one stage or several, one below the other."""
     from matplotlib.figure import Figure
 
-    stage = experiment.stages[e.stage]
-    points = over_nodes(experiment, e.stage)
-    count = 4 if stage.kind == "pretrain" else 3
-    figure = Figure(figsize=(11, 4.3 * count), dpi=100, layout="constrained")
-    memory, timeline, nodes, *losses = figure.subplots(count)
-    _draw_memory(memory, experiment, e)
-    if e.phases:
-        _draw_phases(timeline, e)
-    else:
-        _draw_timeline(timeline, experiment, e)
-    _draw_nodes(nodes, experiment, e, points)
-    if losses:
-        _draw_losses(losses[0], total_tokens(stage, experiment.model.seq_len), points)
+    counts = [4 if experiment.stages[e.stage].kind == "pretrain" else 3 for e in estimates]
+    figure = Figure(figsize=(11, 4.3 * sum(counts)), dpi=100, layout="constrained")
+    parts = figure.subfigures(len(estimates), squeeze=False, height_ratios=counts)[:, 0]
+    for part, e, count in zip(parts, estimates, counts, strict=True):
+        stage = experiment.stages[e.stage]
+        points = over_nodes(experiment, e.stage)
+        if len(estimates) > 1:
+            part.suptitle(e.stage, fontsize="xx-large")
+        memory, timeline, nodes, *losses = part.subplots(count)
+        _draw_memory(memory, experiment, e)
+        if e.phases:
+            _draw_phases(timeline, e)
+        else:
+            _draw_timeline(timeline, experiment, e)
+        _draw_nodes(nodes, experiment, e, points)
+        if losses:
+            _draw_losses(losses[0], total_tokens(stage, experiment.model.seq_len), points)
     return figure
 
 

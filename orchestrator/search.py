@@ -49,16 +49,16 @@ def search(
         near = " or ".join(str(n) for n in (below, below + cluster.gpus_per_node) if n)
         raise PlanError(f"{gpus} GPUs are no whole nodes of {cluster.gpus_per_node}", hint=f"`--gpus` may be {near}")
     nodes = gpus // cluster.gpus_per_node if gpus else stage.parallel.nodes
-    ranked: list[tuple[float, ParallelPlan]] = []
+    ranked: list[tuple[float, float, ParallelPlan]] = []  # what is wanted least of, the memory it takes, the layout
     for n in _node_counts(nodes, goal):
         # the tokens are given: days go with the step, GPU-hours with the step times the nodes
-        ranked += [(step_s * (n if goal == "money" else 1), p) for step_s, p in _timed(experiment, stage, n)]
-        ranked.sort(key=lambda item: item[0])
+        ranked += [(step_s * (n if goal == "money" else 1), gb, p) for step_s, gb, p in _timed(experiment, stage, n)]
+        ranked.sort(key=lambda item: item[:2])
         if goal != "nodes" and n < nodes:
             continue
-        if best := _confirmed(experiment, name, [p for _, p in ranked], top):
+        if best := _confirmed(experiment, name, [p for *_, p in ranked], top):
             return best
-    raise _nothing(experiment, name, nodes, [p for _, p in ranked])
+    raise _nothing(experiment, name, nodes, [p for *_, p in ranked])
 
 
 def _node_counts(nodes: int, goal: Goal) -> list[int]:
@@ -102,8 +102,8 @@ def _nothing(experiment: Experiment, name: str, nodes: int, fitting: list[Parall
     )
 
 
-def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tuple[float, ParallelPlan]]:
-    """The step time of every layout on ``nodes`` that divides, that the engine runs, and that fits."""
+def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tuple[float, float, ParallelPlan]]:
+    """The step time and GB of every layout on ``nodes`` that divides, that the engine runs, and that fits."""
     cluster = experiment.cluster
     limits: Limits = find("jobs.engines", stage.engine).LIMITS
     runs: dict[tuple[object, ...], bool] = {}  # by what refusals speak of: there are few, and layouts are many
@@ -114,8 +114,8 @@ def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tup
         if not runs[kind]:
             continue
         other = replace(stage, parallel=p)
-        if memory(experiment.model, other, cluster)[1]["total"] <= cluster.gpu_memory_gb:
-            yield step_time(experiment.model, other, cluster, stage.global_batch).total_s, p
+        if (gb := memory(experiment.model, other, cluster)[1]["total"]) <= cluster.gpu_memory_gb:
+            yield step_time(experiment.model, other, cluster, stage.global_batch).total_s, gb, p
 
 
 def _layouts(model: ModelSpec, stage: StageSpec, nodes: int, per_node: int) -> Iterator[ParallelPlan]:

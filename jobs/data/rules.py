@@ -12,8 +12,10 @@ import importlib
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+from jobs.data.bpe import file_sha256
 from orchestrator.errors import ConfigError, DataError
 
 Rule = Callable[[Any, str, Mapping[str, Any]], float]
@@ -45,6 +47,12 @@ def load(name: str) -> Rule:
         return float(value)
 
     return rule
+
+
+def source_sha256(name: str) -> str:
+    """The SHA-256 of the file of rule ``name``, which is loaded already; empty where its module has none."""
+    file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    return file_sha256(Path(file)) if file else ""
 
 
 def _failed(name: str, prompt: Any, what: str) -> DataError:

@@ -202,7 +202,11 @@ RULES = [
         "did you mean `zero_optimization.reduce_bucket_size`?",
     ),
     (["cluster.storage_tb=0.004"], "2 checkpoints of 1.5 GB, and one being written, are 4.5 GB", "keep` may be 1"),
-    (["cluster.slurm={time: 10}"], "`cluster.slurm.time` is 600 s, and starting (600 s)", "may be 111 (minutes)"),
+    (
+        ["cluster.slurm={time: 10}"],
+        "`cluster.slurm.time` is 600 s, and starting (600 s)",
+        "may be 12 (minutes) and more; of 111, nine tenths train",
+    ),
     (["cluster.network_gb_per_s=0"], "`cluster.network_gb_per_s` is 0, and must be more than 0", ""),
     (["cluster.failures_per_node_day=-1"], "failures_per_node_day` is -1, and must be at least 0", ""),
     ([f"{S}.steps=0"], f"`{S}.steps` is 0, and kind `pretrain` trains", f"such as `{S}.steps=1000`"),

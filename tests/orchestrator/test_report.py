@@ -50,6 +50,15 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.rglob("*.*")) == ["plan.html", "plan.png"]
 
 
+def test_one_picture_shows_every_stage() -> None:
+    e = compose("configs/chatgpt-demo.yaml", []).experiment
+    estimates = [p for p in plan(e) if p.stage in ("pretrain", "ppo")]
+    first, second = draw(e, *estimates).subfigs
+    assert [first.get_suptitle(), second.get_suptitle()] == ["pretrain", "ppo"]
+    assert first.axes[1].get_title() == "One step, forward and backward"
+    assert second.axes[1].get_title() == "One iteration"
+
+
 def test_bars_are_as_high_as_the_memory() -> None:
     e = compose("gpt3-125m", [*SMALL, "stages.pretrain.parallel.pipeline=2"]).experiment
     (planned,) = plan(e)

@@ -40,6 +40,13 @@ def test_a_rule_is_found_by_name_and_given_the_line(mine):
     assert [known("1 + 1?", said, {"answer": "2"}) for said in ("2", "3")] == [1.0, 0.0]
 
 
+def test_a_changed_rule_is_another_rule(mine, tmp_path):
+    before = rules.source_sha256("rules_of_a_user:known")
+    (tmp_path / "rules_of_a_user.py").write_text(OURS + "# changed\n")
+    assert rules.source_sha256("rules_of_a_user:known") not in (before, "")
+    assert rules.source_sha256("sys:getsizeof") == "", "a module without a file"
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [
