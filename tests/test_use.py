@@ -290,6 +290,19 @@ def test_text_is_shown_as_soon_as_it_is_whole(place):
     assert "".join(said) == text and len(said) > 3 and not any("\ufffd" in s for s in said)
 
 
+def test_what_the_template_has_behind_an_answer_is_never_shown(place):
+    tokenizer = bpe.load(place / "gpt2" / "tokenizer.json")
+    spec = ChatSpec(assistant="A: {content}\n--\n")
+    chat = Chat(tokenizer, spec, end=tokenizer.token_to_id(END), tokenizer_sha256="")
+    said = []
+    stream = Stream(chat, lambda **shown: said.append(shown["delta"]))
+    answer = "one\n-two\n"
+    for i in [*tokenizer.encode(answer + "\n--\n").ids, chat.end]:
+        stream(torch.tensor([i]))
+    shown = "".join(said)
+    assert answer.startswith(shown) and shown.startswith("one\n-two")
+
+
 def test_models_that_gpt2_cannot_be_are_refused_by_their_settings():
     other = replace(SPEC, position="rope", activation="swiglu", norm="rmsnorm", bias=False, kv_heads=2)
     with pytest.raises(ConfigError) as refused:

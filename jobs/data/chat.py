@@ -86,7 +86,12 @@ class Chat:
         """What the model wrote: its end token left out, and what the template has before that."""
         said: str = self.tokenizer.decode([i for i in ids if i != self.end], skip_special_tokens=False)
         ended = bool(ids) and ids[-1] == self.end
-        return said.removesuffix(self._template("assistant").partition("{content}")[2]) if ended else said
+        return said.removesuffix(self.behind_answers) if ended else said
+
+    @property
+    def behind_answers(self) -> str:
+        """What the template has between an answer and the end token."""
+        return self._template("assistant").partition("{content}")[2]
 
     def _said(self, before: str, content: str, after: str) -> list[int]:
         """Tokens of a turn. A special token that is written in its content is text: it must not end a turn."""

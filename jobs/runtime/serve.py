@@ -144,7 +144,7 @@ def _room(prompts: Sequence[Sequence[int]], seq_len: int, asked: int | None) -> 
 
 
 class Stream:
-    """Says what one response has become, as soon as its bytes are whole characters."""
+    """Says what one response has become, as soon as its bytes are whole characters and surely of the answer."""
 
     def __init__(self, chat: Chat, say: Say) -> None:
         self.chat, self.say = chat, say
@@ -154,10 +154,11 @@ class Stream:
     def __call__(self, tokens_B: Tensor) -> None:
         """Take the next token of the one row there is."""
         self.ids.append(int(tokens_B[0]))
-        text = self.chat.text(self.ids)
-        if len(text) > self.shown and not text.endswith("\ufffd"):
-            self.say(delta=text[self.shown :])
-            self.shown = len(text)
+        text, behind = self.chat.text(self.ids), self.chat.behind_answers
+        held = next((k for k in range(len(behind), 0, -1) if text.endswith(behind[:k])), 0)  # it may yet be the end
+        if len(text) - held > self.shown and not text.endswith("\ufffd"):
+            self.say(delta=text[self.shown : len(text) - held])
+            self.shown = len(text) - held
 
 
 if __name__ == "__main__":
