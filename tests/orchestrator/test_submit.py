@@ -35,6 +35,7 @@ stages:
   prepare: {kind: prepare}
 """
 
+SFT = ["stages.train.kind=sft", "data.examples.demonstrations={}", "stages.train.init_from=null"]
 Composer = Callable[..., Composed]
 
 
@@ -116,7 +117,10 @@ def test_a_selection_keeps_its_place_in_the_chain(composed):
         (["data.tokenizer=nowhere.json"], {}, DataError, "no tokenizer"),
         ([], {"stages": ["train"]}, LaunchError, "stage `train` waits for `prepare`, which is not done"),
         (["stages.train.after=[]"], {"stages": ["train"]}, DataError, r"reads `.*/data/t-train\.idx`"),
-        (["data.sources.t={shards: [no/s]}"], {}, DataError, r"`.*/no/s\.idx`"),
+        (["data.sources.t={shards: [no/s]}"], {}, DataError, r"no shard at `.*/no/s\.idx`"),
+        (["data.sources.t={shards: [], text: []}"], {}, DataError, r"`t` has neither `text` nor `shards`"),
+        (SFT, {}, DataError, r"no examples at `.*/data/demonstrations-train\.jsonl`"),
+        ([*SFT, "stages.train.after=[]"], {"stages": ["train"]}, DataError, r"reads `.*/data/dataset\.json`"),
         ([], {"stages": ["trian"]}, ConfigError, "no stage `trian`"),
         ([], {"launcher": "slrum"}, ConfigError, "no launcher `slrum`"),
     ],
@@ -157,8 +161,8 @@ def test_submitting_again_passes_over_what_is_done(composed, caplog):
     with pytest.raises(DataError, match=r"t-train\.idx"):
         dry(composed())
     Path("data").mkdir()
-    for name in ("train.idx", "train.bin", "val.idx", "val.bin"):
-        (Path("data") / f"t-{name}").touch()
+    for name in ("t-train.idx", "t-train.bin", "t-val.idx", "t-val.bin", "dataset.json"):
+        (Path("data") / name).touch()
     with handed_over(train):
         end(train, "cancelled", step=4)
     with caplog.at_level("INFO"):
