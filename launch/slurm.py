@@ -50,7 +50,7 @@ def check(experiment: Experiment, stage: str) -> None:
 
 def advice(experiment: Experiment) -> list[str]:
     """What `cluster.slurm` leaves to defaults that do no GPU good."""
-    if experiment.cluster.gpu == "cpu" or options(experiment).cpus_per_task:
+    if options(experiment).cpus_per_task or experiment.cluster.gpu == "cpu":
         return []
     return [
         "`cluster.slurm.cpus_per_task` is not set: a rank gets one core, unless the partition has a `DefCpuPerGPU`; "

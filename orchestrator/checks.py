@@ -30,7 +30,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda x: x >= 1,
         "model.layers model.hidden model.heads model.vocab model.seq_len model.kv_heads model.ffn_hidden "
         "model.window cluster.gpus_per_node cluster.nodes parallel.nodes parallel.tensor parallel.ulysses "
-        "parallel.pipeline parallel.micro_batch global_batch eval_samples save_every keep "
+        "parallel.pipeline parallel.interleave parallel.micro_batch global_batch eval_samples save_every keep "
         "schedule.ramp_from schedule.ramp_step",
     ),
     "more than 0": (
@@ -44,7 +44,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda x: 0 <= x < math.inf,
         "model.init_std cluster.usd_per_gpu_hour cluster.gpu_watts cluster.failures_per_node_day cluster.restart_s "
         "cluster.queue_s optimizer.weight_decay optimizer.clip schedule.warmup_tokens "
-        "schedule.ramp_tokens steps eval_every",
+        "schedule.ramp_tokens steps eval_every skip_batches seed data.seed",
     ),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "schedule.min_lr_ratio"),
     "from 0 up to but not 1": (lambda x: 0 <= x < 1, "model.dropout data.val_fraction optimizer.betas"),

@@ -123,6 +123,8 @@ def show(config: str, overrides: Sequence[str], key: str | None, as_json: bool) 
     """
     from orchestrator.compose import compose
 
+    if key and as_json:
+        raise click.UsageError("`--why` does not go with `--json`", click.get_current_context())
     composed = compose(config, overrides)
     if key:
         click.echo(composed.why(key))
@@ -164,7 +166,7 @@ def plan(root: Path, config: str | None, overrides: Sequence[str], stages: Seque
     """
     from orchestrator import planning
 
-    _refuse_idle({"config": config, **how})
+    _refuse_idle({"config": config, "stages": stages, **how})
     if how["compare"]:
         planning.compare(root, how["compare"], how["calibrate"], as_json=how["as_json"])
         return
@@ -396,7 +398,7 @@ def parity(root: Path, config: str, overrides: Sequence[str], engines: str, as_j
 
     \b
     Examples:
-      orch parity configs/demo.yaml --engines torch,deepspeed
+      orch parity configs/demo.yaml --engines torch,deepspeed --layout zero=0
       orch parity configs/demo.yaml --layout zero=0 --layout tensor=2 --layout pipeline=2 --steps 10
     """
     from orchestrator import parity as check
@@ -538,12 +540,13 @@ def _refuse_idle(given: dict[str, Any]) -> None:
     for option, way in {"goal": "search", "gpus": "search", "top": "search", "calibrate": "compare"}.items():
         if option in names and way not in names:
             raise click.UsageError(f"`{said.get(option, f'--{option}')}` goes with `--{way}` alone", context)
-    if ways and "report" in names:
-        raise click.UsageError(f"`--report` does not go with `{ways[0]}`", context)
+    for option in ("report", "force"):
+        if ways and option in names:
+            raise click.UsageError(f"`--{option}` does not go with `{ways[0]}`", context)
     if given["report"] and given["report"].suffix.lower() not in (".html", ".png"):
         raise click.BadParameter(f"`{given['report']}` is neither X.html nor X.png", context, param_hint="--report")
-    if "compare" in names and given["config"]:
-        raise click.UsageError("`--compare` takes a RUN and no CONFIG", context)
+    if "compare" in names and (given["config"] or given["stages"]):
+        raise click.UsageError("`--compare` takes a RUN, and neither CONFIG nor `--stage`", context)
 
 
 def _compose(config: str, overrides: Sequence[str], stages: Sequence[str]) -> "Composed":

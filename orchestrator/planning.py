@@ -29,7 +29,9 @@ def plan(
     """Print the estimates, and from which checkpoints below ``root`` a submit would go on; draw where asked."""
     experiment = _composed(config, overrides, stages)
     estimates = estimates_of(experiment, stages=list(stages) or None, force=force, root=root)
-    if report and estimates:
+    if report and not estimates:
+        raise PlanError("none of these stages trains: there is nothing to draw", hint="leave `--report` out")
+    if report:
         from orchestrator import report as pictures
 
         pictures.write(report, experiment, estimates)

@@ -71,7 +71,7 @@ def generate(
     \b
     Examples:
       orch generate demo/pretrain --prompt "def main(" --samples 3 --temperature 0.8
-      orch generate demo/ppo --file prompts.jsonl --json > responses.jsonl
+      orch generate chatgpt-demo/ppo --file prompts.jsonl --json > responses.jsonl
     """
     from orchestrator import use
 

@@ -34,7 +34,8 @@ def load(name: str) -> Rule:
     except Exception as e:  # whatever the user's own module raises
         raise ConfigError(
             f"no rule `{name}`: {type(e).__name__}: {e}",
-            hint="name it `package.module:function`; install it, or put its folder on PYTHONPATH before `orch submit`",
+            hint="name it `package.module:function`; install it, or put its folder on PYTHONPATH: on Slurm by "
+            "`cluster.slurm.environment.PYTHONPATH`, else before `orch submit`",
         ) from e
 
     def rule(prompt: Any, response: str, line: Mapping[str, Any]) -> float:

@@ -99,7 +99,7 @@ def _files(name: str, entry: str) -> list[Path]:
     if not files:
         raise DataError(
             f"source `{name}`: `{entry}` {missing}",
-            hint=f"`data.sources.{name}.text` takes files, folders, globs and `builtin:python`; "
+            hint=f"`data.sources.{name}.text` takes files, folders, globs and {', '.join(BUILTIN)}; "
             f"relative paths start at `{Path.cwd()}`",
         )
     return sorted(files)

@@ -14,10 +14,13 @@ from launch import _slurm_doctor
 from launch._slurm_container import Container
 from launch._slurm_script import Options
 from orchestrator import doctor
+from orchestrator.compose import compose, copy_presets
+from orchestrator.plan import plan
 
 PAGE = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
 # The box of the tests in place of the page's cluster: its partition, one CPU rank a node.
 BOX = {"A100-SXM4-80GB": "cpu", "gpus_per_node: 8": "gpus_per_node: 1", "partition: gpu": "partition: main"}
+DEMO = "configs/demo.yaml cluster=mine stages.pretrain.parallel.micro_batch=2"
 
 
 def section(title):
@@ -56,6 +59,15 @@ def states(cluster, folder):
     return {row["run"]: row["state"] for row in rows}
 
 
+def test_what_it_submits_fits_the_cluster_it_describes(tmp_path):
+    copy_presets(tmp_path)
+    (tmp_path / "configs" / "cluster" / "mine.yaml").write_text(blocks("yaml")[0])
+    config, *overrides = DEMO.split()
+    composed = compose(tmp_path / config, overrides)
+    assert composed.experiment.cluster.gpus_per_node == 8
+    assert plan(composed.experiment)
+
+
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_every_command_runs(cluster, tmp_path):
@@ -69,7 +81,7 @@ def test_every_command_runs(cluster, tmp_path):
     for command in commands:
         program, *words = shlex.split(command)
         assert program == "orch"
-        if command == "orch doctor configs/demo.yaml cluster=mine":
+        if command == f"orch doctor {DEMO}":
             (tmp_path / "configs" / "cluster" / "mine.yaml").write_text(config)
         if words[0] == "resume":  # as the page says
             wait(lambda: not {"running", "queued"} & {*states(cluster, tmp_path).values()}, "the end of `cancel`")
@@ -79,9 +91,9 @@ def test_every_command_runs(cluster, tmp_path):
         said[command] = cluster("sh", "-c", f"cd {tmp_path} && {line}" + (" || true" if patience else ""))
     cluster("sh", "-c", f"cd {tmp_path} && {ORCH} cancel demo --now")  # the box is others' too
     assert "--nodes" in cluster(ORCH, "doctor", "--help")
-    assert "its job would be accepted" in said["orch doctor configs/demo.yaml cluster=mine"]
-    assert "#SBATCH --partition=main" in said["orch submit configs/demo.yaml cluster=mine --dry-run"]
-    assert said["orch submit configs/demo.yaml cluster=mine --rehearse"].count("1 of 1 ranks") == 2
+    assert "its job would be accepted" in said[f"orch doctor {DEMO}"]
+    assert "#SBATCH --partition=main" in said[f"orch submit {DEMO} --dry-run"]
+    assert said[f"orch submit {DEMO} --rehearse"].count("1 of 1 ranks") == 2
     assert "preflight: 1 of 1 nodes are well" in said["orch preflight demo"]
     assert "demo/pretrain" in said["orch status demo"]
     assert "==> " in said["orch logs -f demo/prepare"]

@@ -207,6 +207,8 @@ RULES = [
         "`cluster.slurm.time` is 600 s, and starting (600 s)",
         "may be 12 (minutes) and more; of 111, nine tenths train",
     ),
+    ([f"{S}.parallel.interleave=0"], f"`{S}.parallel.interleave` is 0, and must be at least 1", ""),
+    ([f"{S}.skip_batches=-1"], f"`{S}.skip_batches` is -1, and must be at least 0", ""),
     (["cluster.network_gb_per_s=0"], "`cluster.network_gb_per_s` is 0, and must be more than 0", ""),
     (["cluster.failures_per_node_day=-1"], "failures_per_node_day` is -1, and must be at least 0", ""),
     ([f"{S}.steps=0"], f"`{S}.steps` is 0, and kind `pretrain` trains", f"such as `{S}.steps=1000`"),
