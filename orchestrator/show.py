@@ -73,7 +73,7 @@ def pasteable(text: str) -> str:
     if not root or root.get_parameter_source("runs") is not ParameterSource.COMMANDLINE:
         return text
     runs = f"`orch --runs {shlex.quote(str(root.params['runs']))} "
-    return re.sub(r"`orch (?=(?:submit|status|logs|resume|cancel|sync|ui|preflight|parity|lineage|generate|chat|export|consolidate|list)\b)", lambda _: runs, text)
+    return re.sub(r"`orch (?=[a-z])(?!(?:init|show|doctor|completion)\b)", lambda _: runs, text)
 
 
 def as_json(value: Any) -> None:
