@@ -31,7 +31,7 @@ STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 ADVICE: dict[str, tuple[Level, str]] = {
     "old-python": ("problem", "install Python 3.11 or later"),
     "no-package": ("problem", "`pip install {name}`"),
-    "no-engine": ("warning", "for engine `{name}`: `pip install --no-deps`, as `make install` does; it pins another torch"),
+    "no-engine": ("warning", "for engine `{name}`: `pip install --no-deps`, as `make install` does"),
     "bad-package": ("problem", "`python -c 'import {name}'` says why"),
     "bad-engine": ("warning", "`python -c 'import {name}'` says why"),
     "no-compiler": ("warning", "install gcc, for DeepSpeed's operators"),
