@@ -208,6 +208,9 @@ def cases(args, on_gpu):
                 limits = importlib.import_module(f"jobs.engines.{engine}").LIMITS
                 if args.compile is None and limits.refusals(stage_of(case)):
                     case["compile"] = False
+                if refused := limits.refusals(stage_of(case)):
+                    print(f"{engine} {case['setup']}: left out: {refused[0].why}", file=sys.stderr)
+                    continue
                 yield case
 
 

@@ -14,6 +14,7 @@ from orchestrator.hardware import lacks_bf16
 from orchestrator.registry import did_you_mean, find
 from orchestrator.schedule import total_tokens
 from orchestrator.spec import (
+    BF16_SUMS,
     ClusterSpec,
     DataSpec,
     Experiment,
@@ -21,6 +22,7 @@ from orchestrator.spec import (
     ModelSpec,
     ParallelPlan,
     StageSpec,
+    asks,
     checkpoint_gb,
 )
 from orchestrator.store import mask
@@ -77,6 +79,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
     found += _split(where, stage, model, cluster)
     found += _batch(where, stage, cluster)
     found += _rounds(where, stage, cluster, limits)
+    found += _sums(where, stage, cluster, limits)
     found += _engine(where, stage, limits)
     found += _schedule(where, stage, model)
     found += _saves(where, stage, model, cluster)
@@ -268,6 +271,23 @@ def _rounds(where: str, stage: StageSpec, cluster: ClusterSpec, limits: Limits) 
                 f"engine `{stage.engine}` needs {words}",
                 hint=f"`{where}.{key}` may be {_any(_multiples(size, each * stages))}",
             )
+
+
+def _sums(where: str, stage: StageSpec, cluster: ClusterSpec, limits: Limits) -> Iterator[Problem]:
+    """Micro-batches whose gradients add up in bf16, too many for its 8 bits."""
+    p = stage.parallel
+    data = p.nodes * cluster.gpus_per_node // p.replica
+    parts = stage.options.get("minibatches", 1) if stage.kind == "ppo" else 1
+    turns = stage.global_batch // max(1, parts * data * p.micro_batch)
+    in_bf16 = stage.precision == "bf16" and limits.bf16_sums is not None and asks(stage, limits.bf16_sums)
+    if in_bf16 and turns > BF16_SUMS and stage.kind != "compare":  # which has no gradients
+        where_not = [f"`zero: {zero}`" for zero in (2, 3) if zero not in (limits.bf16_sums or {}).get("zero", (zero,))]
+        yield Problem(
+            message=f"`{where}`: engine `{stage.engine}` would add up {turns} micro-batches in bf16, and sums of "
+            f"more than {BF16_SUMS} lose what each brings",
+            hint=f"`{where}.parallel.micro_batch` may be {math.ceil(p.micro_batch * turns / BF16_SUMS)} and more"
+            + (f"; or {_any(where_not)}, which then add in fp32" if where_not else "; or another `engine`"),
+        )
 
 
 def _engine(where: str, stage: StageSpec, limits: Limits) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.spec import ModelSpec, StageSpec
+from orchestrator.spec import BF16_SUMS, ModelSpec, StageSpec
 
 CONTEXT_BYTES = {"gpu": 2.0e9, "cpu": 0.6e9}  # an assumption: runtime, libraries, communicators
 # Of what is allocated, lost between blocks of a caching allocator: 3 to 8 % of activations in published runs' gap
@@ -55,8 +55,18 @@ def states(stage: StageSpec, data: int, micro_batches: int) -> States:
     if bf16:
         if stage.engine == "deepspeed" and stage.parallel.pipeline > 1:
             return States(2, 2 + 4, 12)  # micro-batches add up in fp32
-        return States(2, 4 if zero == 0 and stage.engine == "deepspeed" else 2, 12)
+        wide = zero == 0 or (zero >= 2 and micro_batches > BF16_SUMS)
+        return States(2, 4 if wide and stage.engine == "deepspeed" else 2, 12)
     return States(4, 4 + twice, 8 if zero == 0 else 12)  # sharded, even fp32 weights are copied
+
+
+def step_bytes(stage: StageSpec) -> float:
+    """Bytes a parameter of a rank's own gradients in DeepSpeed's `step` of ZeRO-1 and 2, when activations are gone:
+    what was summed, the same in one piece, and in bf16 that in fp32 (`stage_1_and_2.py`)."""
+    p, bf16 = stage.parallel, stage.precision == "bf16"
+    if stage.engine != "deepspeed" or p.zero not in (1, 2) or p.offload != "none" or (bf16 and p.pipeline > 1):
+        return 0.0
+    return 8.0  # 2 + 2 + 4 or 4 + 4
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,7 @@ def rank_bytes(
     spared = spared_bytes(model, stage)
     activations = activation_bytes(model, stage, part, flash=flash, at_head=logits - spared)
     buffers = each.copies * mine + buffer_bytes(model, stage, part, data) - spared
+    buffers += max(0.0, step_bytes(stage) * mine / data - gradients - activations - logits)
     other = CONTEXT_BYTES["gpu" if on_gpu else "cpu"] + FRAGMENTS * (activations + logits)
     values = (weights, gradients, optimizer, activations, logits, buffers, other)
     return dict(zip(PARTS, values, strict=True))

@@ -17,6 +17,7 @@ from orchestrator.compose import Composed, compose
 from orchestrator.errors import ConfigError, LaunchError, PlanError, TrackingError
 from orchestrator.plan import plan
 from orchestrator.run import Run, write_json
+from orchestrator.schedule import total_tokens
 from orchestrator.spec import Experiment, StageSpec
 from orchestrator.submit import alive, cancel, select, state, submit
 
@@ -194,12 +195,15 @@ def _training_stage(experiment: Experiment) -> str:
 def _stage(config: str, overrides: Sequence[str], name: str, case: Case, steps: int) -> StageSpec:
     """Stage ``name`` in the engine and layout of ``case``, for a few steps from its seed."""
     words = [f"stages.{name}.parallel.{word}" for word in case.layout.split(",") if word]
-    stage = compose(config, [*overrides, *words]).experiment.stages[name]
+    experiment = compose(config, [*overrides, *words]).experiment
+    stage = dataclasses.replace(experiment.stages[name], steps=steps)
+    half = total_tokens(stage, experiment.model.seq_len) / 2
+    warmup = min(stage.schedule.warmup_tokens, half)  # a whole run's may be longer than these steps
     return dataclasses.replace(
         stage,
+        schedule=dataclasses.replace(stage.schedule, warmup_tokens=warmup),
         engine=case.engine,
         engine_config=stage.engine_config if case.engine == stage.engine else {},
-        steps=steps,
         save_every=steps,
         eval_every=0,
         init_from=None,

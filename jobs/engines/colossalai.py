@@ -86,6 +86,7 @@ LIMITS = Limits(
         ),
     ),
     full_pipeline=True,
+    bf16_sums={},
 )
 VERSION = "0.5.0"
 CHUNK = 32  # 2^20 elements: Gemini's default least size of a chunk

@@ -20,7 +20,7 @@ from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import Place, place
 from jobs.runtime.pieces import Piece, Slot
-from orchestrator.spec import Limits, Refusal, StageSpec
+from orchestrator.spec import BF16_SUMS, Limits, Refusal, StageSpec
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +91,14 @@ LIMITS = Limits(
             why="a sequence shared by ranks has been shown equal for pretrain and sft alone",
             instead="`ulysses: 1`",
         ),
+        Refusal(
+            when={"compile": (True,), "zero": (3,)},
+            why="a compiled block has not been shown to work with the hooks that gather its weights",
+            instead="`compile: false`, `zero: 2`, or `engine: torch`",
+        ),
         Refusal(when={"interleave": (True,)}, why="its pipelines hold one chunk a rank", instead="`interleave: 1`"),
     ),
+    bf16_sums={"pipeline": (False,), "zero": (0, 1)},
     owned=(
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
@@ -145,6 +151,7 @@ def config(stage: StageSpec, ranks: Ranks) -> dict[str, Any]:
     Keys: https://www.deepspeed.ai/docs/config-json/.
     """
     p = stage.parallel
+    turns = stage.global_batch // (place(ranks.rank, ranks.world, p).data_size * p.micro_batch)
     zero: dict[str, Any] = {"stage": p.zero}
     if p.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -163,7 +170,8 @@ def config(stage: StageSpec, ranks: Ranks) -> dict[str, Any]:
         "pipeline": {"pipe_partitioned": not p.sequence, "grad_partitioned": not p.sequence},
     }
     user = dict(stage.engine_config)
-    if p.pipeline > 1 and stage.precision == "bf16":  # it adds up many micro-batches, in bf16 some are lost
+    many = p.zero >= 2 and turns > BF16_SUMS
+    if stage.precision == "bf16" and (p.pipeline > 1 or many):  # of a sum of many in bf16, some would be lost
         user = _merge({"data_types": {"grad_accum_dtype": "fp32"}}, user)
     return _merge(user, plan)
 
@@ -229,7 +237,7 @@ class DeepSpeedEngine:
         make = partial(self.make, self.tensor) if self.tensor else self.make
         if self.stage.parallel.zero == 3:
             data = grid.get_data_parallel_group() if grid else None
-            with deepspeed.zero.Init(config_dict_or_path=settings, data_parallel_group=data):
+            with deepspeed.zero.Init(config_dict_or_path=settings, data_parallel_group=data, mpu=grid):
                 self.module = make()
         else:
             with torch.device("meta"):

@@ -330,6 +330,8 @@ class Attention(nn.Module):
                 mask = mask & band_TS if mask.dtype == torch.bool else mask.masked_fill(~band_TS, -math.inf)
         elif mask is None and 1 < new < tokens:
             mask = band(tokens, tokens, q_BATD.device, last=new)
+        if self.grouped and mask is not None:  # the kernels that share keys take no mask
+            k_BKSD, v_BKSD = (x.repeat_interleave(q_BATD.shape[1] // x.shape[1], 1) for x in (k_BKSD, v_BKSD))
         dropout = self.dropout if self.training else 0.0
         with parallel.apart(self.tensor if dropout else None, q_BATD.device):  # each rank has other heads
             return F.scaled_dot_product_attention(
@@ -339,7 +341,7 @@ class Attention(nn.Module):
                 attn_mask=mask,
                 is_causal=mask is None and new == tokens,
                 dropout_p=dropout,
-                enable_gqa=self.grouped,
+                enable_gqa=self.grouped and mask is None,
             )
 
 

@@ -263,6 +263,7 @@ def _undo(
     job: Job, learner: Learner, data: Samples, probe: Probe, bad: BadBatches, saved: int, error: TrainingError
 ) -> Position:
     """Go back to the newest checkpoint, step ``saved``, from a step that was not finite; or raise ``error``."""
+    job.mark("start")  # which may take longer than a step
     found = None if bad.too_many or not saved else resume(job, learner.parts, data, probe)
     if not found:
         raise error

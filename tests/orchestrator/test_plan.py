@@ -207,6 +207,11 @@ RULES = [
         "`cluster.slurm.time` is 600 s, and starting (600 s)",
         "may be 12 (minutes) and more; of 111, nine tenths train",
     ),
+    (
+        [f"{S}.parallel.micro_batch=1", f"{S}.global_batch=1024"],
+        f"`{S}`: engine `deepspeed` would add up 128 micro-batches in bf16, and sums of more than 64",
+        f"`{S}.parallel.micro_batch` may be 2 and more; or `zero: 2` or `zero: 3`, which then add in fp32",
+    ),
     ([f"{S}.parallel.interleave=0"], f"`{S}.parallel.interleave` is 0, and must be at least 1", ""),
     ([f"{S}.skip_batches=-1"], f"`{S}.skip_batches` is -1, and must be at least 0", ""),
     (["cluster.network_gb_per_s=0"], "`cluster.network_gb_per_s` is 0, and must be more than 0", ""),

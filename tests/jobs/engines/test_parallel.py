@@ -33,9 +33,9 @@ BY_PARAMETERS = {"pipeline": {"partition": "parameters"}}
 ENGINES = {"torch": torch_engine, "deepspeed": deepspeed_engine}
 
 
-def stage_of(engine, *, precision="fp32", engine_config=None, **parallel):
+def stage_of(engine, *, precision="fp32", engine_config=None, micro_batch=MICRO, **parallel):
     return StageSpec(
-        kind="pretrain", engine=engine, parallel=ParallelPlan(micro_batch=MICRO, **parallel), precision=precision,
+        kind="pretrain", engine=engine, parallel=ParallelPlan(micro_batch=micro_batch, **parallel), precision=precision,
         optimizer=OptimizerSpec(lr=LR, clip=CLIP), global_batch=BATCH, steps=STEPS, engine_config=engine_config or {},
     )  # fmt: skip
 
@@ -73,6 +73,7 @@ ON_4 = {
     "ds tp2 dp2 z1": (stage_of("deepspeed", tensor=2, zero=1), GPT3),
     "ds tp2 dp2 z2 sp": (stage_of("deepspeed", tensor=2, zero=2, sequence=True), LLAMA),
     "ds tp2 dp2 z3": (stage_of("deepspeed", tensor=2, zero=3), LLAMA),
+    "ds tp2 dp2 z3, a micro-batch a step": (stage_of("deepspeed", tensor=2, zero=3, micro_batch=BATCH // 2), GPT3),
     "ds pp2 dp2 z1": (stage_of("deepspeed", pipeline=2, zero=1), GPT3),
     "ds pp4": (stage_of("deepspeed", pipeline=4), GPT3),
     "ds tp2 pp2": (stage_of("deepspeed", tensor=2, pipeline=2), GPT3),
@@ -139,9 +140,10 @@ def train(engine, stage, ranks, steps, model, size=BATCH):
     at = place(ranks.rank, ranks.world, stage.parallel)
     seen = []
     for step in steps:
-        turns = size // (MICRO * at.data_size)
-        firsts = [(turn * at.data_size + at.data) * MICRO for turn in range(turns)]
-        result = engine.train_step([batch_of(step, first, MICRO, model) for first in firsts], lr=LR)
+        micro = stage.parallel.micro_batch
+        turns = size // (micro * at.data_size)
+        firsts = [(turn * at.data_size + at.data) * micro for turn in range(turns)]
+        result = engine.train_step([batch_of(step, first, micro, model) for first in firsts], lr=LR)
         seen.append((dist.mean_and_any(result.loss, False)[0], result.grad_norm))
     return seen
 
