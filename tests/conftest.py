@@ -4,11 +4,13 @@ With ``ORCH_TESTS_MINUTES`` no test begins after so long; those left are skipped
 run them all by then, and a slow one has still said something: what is marked slow comes last.
 """
 
+import math
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
-from clock import TIME_IS_UP, skip_when_time_is_up
+from clock import TIME_IS_UP, seconds_left, skip_when_time_is_up
 from hypothesis import settings
 
 settings.register_profile("orch", deadline=None)  # how long an example takes is the machine's affair
@@ -31,6 +33,32 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     """Begin nothing once ``ORCH_TESTS_MINUTES`` are over."""
     skip_when_time_is_up()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup():
+    """Go no further when they are over; what is there is put away as ever."""
+    with _time():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """The same of the test itself."""
+    with _time():
+        return (yield)
+
+
+@contextmanager
+def _time():
+    before = signal.alarm(max(1, math.ceil(min(seconds_left(), 1e6))))
+    try:
+        yield
+    finally:
+        signal.alarm(max(1, math.ceil(seconds_left())) if before and seconds_left() < 1e6 else 0)
+
+
+signal.signal(signal.SIGALRM, lambda *_: skip_when_time_is_up())  # raised in what runs now, as Ctrl-C is
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -98,7 +98,8 @@ class Cluster:
             self._waiting.append(answer)
             self._agent.stdin.write(json.dumps([len(self._waiting) - 1, [str(word) for word in words]]) + "\n")
             self._agent.stdin.flush()
-        code, said = answer.result(660 * slowness())
+        wait(answer.done, f"the end of `{' '.join(map(str, words))}`", 660)
+        code, said = answer.result()
         assert code == ok, said
         return said
 
@@ -153,7 +154,7 @@ class Cluster:
     def close(self):
         self._agent.stdin.close()
         try:
-            self._agent.wait(60)
+            self._agent.wait(60 * slowness())
         finally:
             self._agent.kill()
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from clock import slowness
 from safetensors.torch import load_file
 from tracked import make_chain
 
@@ -204,7 +205,7 @@ def test_chat_keeps_the_conversation(chain):
     )
     try:
         os.write(ours, b"Hello\nAnd then?\n/new\nAnd then?\n\x04")
-        out, said = process.communicate(timeout=600)
+        out, said = process.communicate(timeout=600 * slowness())
     finally:
         process.kill()
         os.close(ours)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from clock import slowness
 from tokenizers import Tokenizer
 
 from jobs import prepare
@@ -305,7 +306,7 @@ def test_killed_half_way_it_leaves_no_worker_and_starts_again(text, tmp_path):
     process = subprocess.Popen([sys.executable, str(script)], env=environment)
     try:
         part = folder / ".code-train.bin.tmp"
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 240 * slowness()
         while not (part.exists() and part.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         workers = psutil.Process(process.pid).children(recursive=True)
@@ -313,7 +314,7 @@ def test_killed_half_way_it_leaves_no_worker_and_starts_again(text, tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert psutil.wait_procs(workers, timeout=120)[1] == []
+    assert psutil.wait_procs(workers, timeout=120 * slowness())[1] == []
     assert not (folder / "dataset.json").exists()
 
     source = {"code": SourceSpec(text=[str(big)])}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from clock import wait
+from clock import slowness, wait
 
 from launch import local
 from orchestrator.errors import LaunchError
@@ -220,7 +220,7 @@ def test_a_supervisor_whose_submitter_died_starts_nothing(chain):
     (run,) = chain({"seconds": 0.1})
     command = [sys.executable, "-m", "launch._supervisor", str(run.folder)]
     environment = local.environment(run, os.environ)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment, timeout=300, check=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment, timeout=300 * slowness(), check=True)
     assert done.returncode == 0
     assert run.attempts() == []
 

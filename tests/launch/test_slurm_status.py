@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from clock import wait
+from clock import slowness, wait
 from slurm_cluster import NODES, ORCH
 from tracked import make_chain
 
@@ -126,7 +126,7 @@ def test_requeued_cancelled_and_followed(place):
     began(place, run, "1r1")
     assert place.rows()["requeued"]["state"] == "running"
     assert "was killed" in place.orch("cancel", "requeued/pretrain", "--now")
-    follower.join(60)
+    follower.join(60 * slowness())
     assert "hello from 1\n" in said[0] and "hello from 1r1\n" in said[0]
 
     def ends():

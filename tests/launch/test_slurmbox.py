@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from clock import wait
+from clock import slowness, wait
 
 from launch import _slurmbox
 from orchestrator.errors import LaunchError
@@ -95,7 +95,7 @@ def test_sigterm_reaches_the_command(tmp_path):
     try:
         wait((tmp_path / "ready").exists)
         outer.terminate()
-        assert outer.wait(20) == 128 + signal.SIGTERM
+        assert outer.wait(20 * slowness()) == 128 + signal.SIGTERM
     finally:
         outer.kill()
         outer.wait()
@@ -107,7 +107,7 @@ def test_sigkill_leaves_no_process_and_the_next_box_works(started):
     assert DAEMONS | {"sleep", "srun"} <= there, there
     outer.kill()
     outer.wait()
-    _, alive = psutil.wait_procs(inside, timeout=60)
+    _, alive = psutil.wait_procs(inside, timeout=60 * slowness())
     assert not alive
     printed, _ = box(2, "--", "srun", "-N2", "hostname")
     assert sorted(printed.split()) == ["node1", "node2"]
@@ -126,7 +126,7 @@ def test_two_boxes_do_not_meet(tmp_path):
         for pair in (("one", "two"), ("two", "one"))
     ]
     try:
-        printed = [process.communicate(timeout=300)[0].split() for process in boxes]
+        printed = [process.communicate(timeout=300 * slowness())[0].split() for process in boxes]
     finally:
         for process in boxes:
             process.kill()
@@ -215,7 +215,7 @@ def test_an_ordinary_user(tmp_path):
             "srun -N2 sh -c 'echo $(id -un)@$(hostname)'; slurmbox cut node2; slurmbox heal node2; sacct -n | wc -l"
         )
         command = [*plain, *become, str(place / "launch" / "slurmbox"), "2", "--", "sh", "-c", script]
-        ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, cwd="/")
+        ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300 * slowness(), cwd="/")
     finally:
         shutil.rmtree(place)
     assert ran.returncode == 0, ran.stderr

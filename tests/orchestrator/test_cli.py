@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner, Result
-from clock import wait
+from clock import slowness, wait
 from tracked import make_chain
 
 from launch import local
@@ -323,7 +323,7 @@ def test_following_waits_for_the_log_of_the_newest_attempt(folder):
     finally:
         supervisor.kill()
         supervisor.wait()
-    assert follower.communicate(timeout=120)[0] == "new\n"
+    assert follower.communicate(timeout=120 * slowness())[0] == "new\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -347,7 +347,7 @@ def test_a_failing_stage_shows_its_error_first_and_is_resumed_once_that_is_mende
     text = (folder / "text.jsonl").read_text()
     (folder / "text.jsonl").write_text(text + '{"no text": 1}\n')
     submitted = process("submit", "tiny.yaml", stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    out, err = submitted.communicate(timeout=600)
+    out, err = submitted.communicate(timeout=600 * slowness())
     assert (submitted.returncode, out) == (1, "")
     (error,) = re.findall("^error: .*", err, flags=re.MULTILINE)
     assert error.startswith("error: `tiny/prepare` failed: rank 0: DataError: ") and "text.jsonl" in error
@@ -359,7 +359,7 @@ def test_a_failing_stage_shows_its_error_first_and_is_resumed_once_that_is_mende
 
     (folder / "text.jsonl").write_text(text)
     resumed = process("resume", "tiny/prepare", stderr=subprocess.PIPE)
-    _, err = resumed.communicate(timeout=600)
+    _, err = resumed.communicate(timeout=600 * slowness())
     assert resumed.returncode == 0, err
     assert "tiny/prepare: done" in err and "`orch status tiny`" in err
     assert (folder / "data" / "t-train.idx").exists()
@@ -378,7 +378,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_anywhere(folder):
     shown = watch(terminal, lambda text: re.search(r"/100000 +loss", text), 600)
     first.send_signal(signal.SIGINT)
     shown += watch(terminal, lambda _: first.poll() is not None, 480)
-    assert first.wait(timeout=240) == 1, shown
+    assert first.wait(timeout=240 * slowness()) == 1, shown
     os.close(terminal)
     assert "asking the runs to save and stop" in shown and "`orch resume tiny`" in shown
     row = json.loads(orch("status", "tiny/train", "--json").stdout)[0]
@@ -390,7 +390,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_anywhere(folder):
 
     (folder / "far").mkdir()
     second = process("--runs", "../runs", "resume", "tiny", "--detach", cwd=folder / "far", stderr=subprocess.PIPE)
-    _, err = second.communicate(timeout=600)
+    _, err = second.communicate(timeout=600 * slowness())
     assert second.returncode == 0 and "`orch --runs ../runs logs -f tiny`" in err
     live = orch("resume", "tiny")
     assert live.exit_code == 1 and "already" in live.stderr
@@ -407,7 +407,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_anywhere(folder):
 
 def watch(terminal: int, seen, timeout_s: float) -> str:
     """What appears on ``terminal`` until ``seen`` holds of it."""
-    text, deadline = "", time.monotonic() + timeout_s
+    text, deadline = "", time.monotonic() + timeout_s * slowness()
     while not seen(text):
         assert time.monotonic() < deadline, text
         if select.select([terminal], [], [], 0.2)[0]:

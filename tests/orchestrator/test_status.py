@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from clock import wait
+from clock import slowness, wait
 from tracked import make_chain
 
 from launch import _slurm_queue as queue
@@ -56,7 +56,7 @@ def orch(run, *words, ok=0, **environment):
     """stdout and stderr of a whole process."""
     command = [sys.executable, "-m", "orchestrator.cli", "--runs", str(run.root), *words]
     base = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run(command, env=base, capture_output=True, text=True, check=False, timeout=480)
+    done = subprocess.run(command, env=base, capture_output=True, text=True, check=False, timeout=480 * slowness())
     assert done.returncode == ok, done.stderr
     return done.stdout, done.stderr
 
@@ -109,7 +109,7 @@ def test_following_goes_on_with_the_next_attempt(run, rank, said):
         except BaseException:
             follower.kill()
             raise
-    assert follower.wait(60) == 0
+    assert follower.wait(60 * slowness()) == 0
     if rank == "0":
         assert shown.read_text() == said
     else:
@@ -158,7 +158,7 @@ def test_watching_without_a_terminal_prints_lines_until_all_have_ended(run):
         except BaseException:
             watcher.kill()
             raise
-    assert watcher.wait(60) == 0
+    assert watcher.wait(60 * slowness()) == 0
     assert shown.read_text() == "demo/pretrain: running\ndemo/pretrain: failed\n"
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from clock import wait
+from clock import slowness, wait
 from tracked import end, free_port, make_chain, start, stored, written
 
 from orchestrator import dashboard, track
@@ -341,7 +341,7 @@ def test_killing_the_forwarder_loses_and_doubles_nothing(tmp_path):
     forwarder = track.start_forwarder(run)
     wait(lambda: Sent.load(run).status == "RUNNING")
     end(run, attempt, "done")
-    assert forwarder.wait(timeout=600) == 0
+    assert forwarder.wait(timeout=600 * slowness()) == 0
     assert stored(tmp_path / "mlflow.db", run) == written(run), kills
     assert Sent.load(run).status == "FINISHED"
 
@@ -394,7 +394,7 @@ def test_a_server_that_comes_and_goes_gets_every_point_once(tmp_path):
             forwarder.wait()
             forwarder = track.start_forwarder(run)
             end(run, attempt, "done")
-            assert forwarder.wait(timeout=600) == 0
+            assert forwarder.wait(timeout=600 * slowness()) == 0
             noted = run.folder / "tracking.json"
             sent = json.loads(noted.read_text())
             assert (sent["run_id"], sent["status"], sent["step"]) == (before.run_id, "FINISHED", 1000)

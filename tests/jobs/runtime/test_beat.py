@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from clock import wait
+from clock import slowness, wait
 
 from jobs.runtime import beat, faults
 from jobs.runtime.job import Ranks
@@ -57,7 +57,7 @@ def test_a_rank_says_where_it_is_and_leaves_when_it_is_declared_over(run, rank):
     wait(lambda: any(s.beats > sign.beats for s in beat.read(run, "1")), "the next beat")
     assert faults.is_current(run, "1")
     run.save_end(Attempt(name="1", job_id="7", world=2, host="node7", started_at=1.0, next="requeue"))
-    assert rank.wait(60) == 1
+    assert rank.wait(60 * slowness()) == 1
     assert not faults.is_current(run, "1"), "it may commit nothing either"
 
 
