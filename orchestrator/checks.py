@@ -310,6 +310,11 @@ def _engine(where: str, stage: StageSpec, limits: Limits) -> Iterator[Problem]:
                 message=f"`{where}.engine_config.{key}`: {engine} has not been shown to compute the same with it",
                 hint=did_you_mean(key, list(limits.allowed)),
             )
+        elif key in limits.choices and (value := _at(stage.engine_config, key)) not in limits.choices[key]:
+            yield Problem(
+                message=f"`{where}.engine_config.{key}` is `{value}`",
+                hint=f"it may be {_any(str(c).lower() for c in limits.choices[key])}",
+            )
 
 
 def _asked(stage: StageSpec, name: str) -> str:
@@ -385,6 +390,14 @@ def _keys(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield from _keys(value, f"{above}{key}.")
         else:
             yield f"{above}{key}"
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    """The value of the dotted ``key``."""
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def _within(key: str, sections: Iterable[str]) -> bool:

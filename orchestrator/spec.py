@@ -325,6 +325,7 @@ class Limits:
     owned: tuple[str, ...] = ()  # keys of engine_config, dotted, that the plan sets
     # keys and sections of engine_config, dotted, shown not to change what is computed, and what each is for
     allowed: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, tuple[object, ...]] = field(default_factory=dict)  # the values that some of these may have
     full_pipeline: bool = False  # a pipeline takes no fewer micro-batches than it has stages
     # where it adds up the gradients of micro-batches in bf16, if `precision` is that; None: nowhere
     bf16_sums: dict[str, tuple[object, ...]] | None = None

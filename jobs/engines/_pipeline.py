@@ -50,10 +50,6 @@ class PipelineEngine(DeepSpeedEngine):
         with torch.device("meta"):
             self.module = self.make(self.tensor) if self.tensor else self.make()
         partition = settings["pipeline"].get("partition", "uniform")
-        if partition not in PARTITIONS:
-            raise ConfigError(
-                f"`engine_config.pipeline.partition` is `{partition}`", hint="it may be `uniform` or `parameters`"
-            )
         pipe = _pipeline_module(self.module, topology(self.place), PARTITIONS[partition], self._last)
         all_blocks, body = set(self.module.blocks), self.module.body()
         blocks = [len(all_blocks.intersection(body[start:stop])) for start, stop in pairwise(pipe.parts)]

@@ -133,6 +133,12 @@ LIMITS = Limits(
         "comms_logger": "prints collectives",
         "flops_profiler": "prints operations",
     },
+    choices={
+        "zero_optimization.overlap_comm": (True, False),
+        "zero_optimization.contiguous_gradients": (True, False),
+        "pipeline.partition": ("uniform", "parameters"),
+        "wall_clock_breakdown": (True, False),
+    },
 )
 
 

@@ -195,6 +195,8 @@ RULES = [
     ([f"{S}.engine_config={{bf16: {{enabled: true}}}}"], "config.bf16.enabled` is the plan's to set", "take it out"),
     ([f"{S}.engine=torch", f"{S}.engine_config.x=1"], "engine `torch` takes none", "take them out"),
     ([f"{S}.engine_config.prescale_gradients=true"], "`deepspeed` has not been shown to compute the same with it", ""),
+    ([f"{S}.engine_config.pipeline.partition=params"], "pipeline.partition` is `params`", "uniform or parameters"),
+    ([f"{S}.engine_config.wall_clock_breakdown=1.5"], "wall_clock_breakdown` is `1.5`", "it may be true or false"),
     ([f"{S}.engine_config.zero_optimization=3"], "engine_config.zero_optimization`: engine", "did you mean"),
     (
         [f"{S}.engine_config.zero_optimization={{reduce_bucket_sise: 1}}"],
