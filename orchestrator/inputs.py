@@ -18,6 +18,10 @@ BUILTIN = "builtin:"  # text that comes with Python
 PARTS = [(split, end) for split in ("train", "val") for end in (".idx", ".bin")]  # of what is prepared of a source
 
 
+class Unnamed(DataError):
+    """A preset that is still to be filled in: it names no data, and no stage makes any."""
+
+
 def with_absolute_paths(experiment: Experiment) -> Experiment:
     """``experiment`` with the paths of its data as seen from here, so that it may be resumed from anywhere."""
 
@@ -90,6 +94,8 @@ def _check_prepared(data: DataSpec, stage: str, prepare: Sequence[str], *, reads
         return
     made = [Path(data.folder) / f"{name}-{part}{end}" for name, s in sources.items() if s.text for part, end in PARTS]
     missing = [path for path in [*made, Path(data.folder) / "dataset.json"] if not path.exists()]
+    if missing and not (data.tokenizer or prepare or any(source.text for source in data.sources.values())):
+        raise Unnamed(f"stage `{stage}` has no tokenizer", hint="set `data.tokenizer` to that of the shards")
     if missing:
         hint = "add a stage of kind `prepare`, or set `data.tokenizer` where the text is shards already"
         if prepare:
@@ -99,7 +105,7 @@ def _check_prepared(data: DataSpec, stage: str, prepare: Sequence[str], *, reads
 
 def _check_named(name: str, source: SourceSpec) -> None:
     if not (source.text or source.shards):
-        raise DataError(
+        raise Unnamed(
             f"source `{name}` has neither `text` nor `shards`",
             hint=f"set `data.sources.{name}.shards` and `val_shards`, or `text` for a stage of kind `prepare`",
         )
@@ -126,4 +132,6 @@ def _check_examples(data: DataSpec, name: str, made: Sequence[str]) -> None:
             continue
         for path in given or [str(Path(data.folder) / f"{name}-{split}.jsonl")]:
             if not path.startswith(BUILTIN) and not Path(path).is_file():
-                raise DataError(f"no examples at `{path}`", hint=f"set `data.examples.{name}.{split}`")
+                raise (DataError if given else Unnamed)(
+                    f"no examples at `{path}`", hint=f"set `data.examples.{name}.{split}`"
+                )

@@ -69,7 +69,7 @@ def submit(
     pending = _unfinished(runs, experiment)
     for run in pending:
         through.check(experiment, run.stage)
-    _check_needs(pending, experiment)
+    _check_needs(pending, experiment, trains=not (dry_run or rehearse))
     for line in advice(experiment, launcher) if pending else ():
         log.warning("%s", line)
     with ExitStack() as held:
@@ -246,8 +246,11 @@ def _refuse_groups(overrides: Sequence[str]) -> None:
             )
 
 
-def _check_needs(runs: Sequence[Run], experiment: Experiment) -> None:
-    """Raise unless all that ``runs``, started in this order, wait for and read is there or made by one of them."""
+def _check_needs(runs: Sequence[Run], experiment: Experiment, *, trains: bool = True) -> None:
+    """Raise unless all that ``runs``, started in this order, wait for and read is there or made by one of them.
+
+    Where nothing ``trains``, a preset that names no data yet gets a warning.
+    """
     for i, run in enumerate(runs):
         before = [r.stage for r in runs[:i]]
         for other in waits_for(experiment, run.stage):
@@ -258,7 +261,12 @@ def _check_needs(runs: Sequence[Run], experiment: Experiment) -> None:
                     f"stage `{run.stage}` waits for `{other}`, which is not done",
                     hint=f"submit both: `--stage {other} --stage {run.stage}`",
                 )
-        inputs.check(experiment, run.stage, before)
+        try:
+            inputs.check(experiment, run.stage, before)
+        except inputs.Unnamed as error:
+            if trains:
+                raise
+            log.warning("%s; to train, %s", error, error.hint)
 
 
 # The run folder

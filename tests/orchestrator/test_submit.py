@@ -35,6 +35,7 @@ stages:
   prepare: {kind: prepare}
 """
 
+REAL = {"dry_run": False}  # which are refused before they start
 SFT = ["stages.train.kind=sft", "data.examples.demonstrations={}", "stages.train.init_from=null"]
 Composer = Callable[..., Composed]
 
@@ -48,7 +49,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Composer:
 
 
 def dry(composed: Composed, **how) -> list[Run]:
-    return submitting.submit(composed, root=Path("runs"), dry_run=True, **how)
+    return submitting.submit(composed, root=Path("runs"), **{"dry_run": True, **how})
 
 
 @contextmanager
@@ -118,8 +119,8 @@ def test_a_selection_keeps_its_place_in_the_chain(composed):
         ([], {"stages": ["train"]}, LaunchError, "stage `train` waits for `prepare`, which is not done"),
         (["stages.train.after=[]"], {"stages": ["train"]}, DataError, r"reads `.*/data/t-train\.idx`"),
         (["data.sources.t={shards: [no/s]}"], {}, DataError, r"no shard at `.*/no/s\.idx`"),
-        (["data.sources.t={shards: [], text: []}"], {}, DataError, r"`t` has neither `text` nor `shards`"),
-        (SFT, {}, DataError, r"no examples at `.*/data/demonstrations-train\.jsonl`"),
+        (["data.sources.t={shards: [], text: []}"], REAL, DataError, r"`t` has neither `text` nor `shards`"),
+        (SFT, REAL, DataError, r"no examples at `.*/data/demonstrations-train\.jsonl`"),
         ([*SFT, "stages.train.after=[]"], {"stages": ["train"]}, DataError, r"reads `.*/data/dataset\.json`"),
         ([], {"stages": ["trian"]}, ConfigError, "no stage `trian`"),
         ([], {"launcher": "slrum"}, ConfigError, "no launcher `slrum`"),
@@ -128,11 +129,17 @@ def test_a_selection_keeps_its_place_in_the_chain(composed):
 def test_refused_before_anything_is_written(composed, overrides, how, error, words):
     if "shards" in str(overrides):
         overrides = [*overrides, "stages.train.after=[]"]
-        how = {"stages": ["train"]}
+        how = {**how, "stages": ["train"]}
     with pytest.raises(error, match=words) as caught:
         dry(composed(*overrides), **how)
     assert caught.value.hint
     assert not Path("runs").exists()
+
+
+def test_a_preset_without_data_can_be_looked_at(composed, caplog):
+    with caplog.at_level("WARNING"):
+        assert [run.stage for run in dry(compose("gpt3-125m", ["cluster=local", "data.folder=data"]), force=True)]
+    assert "source `common-crawl` has neither `text` nor `shards`; to train, set" in caplog.text
 
 
 def test_a_runs_folder_that_cannot_be_written(composed):

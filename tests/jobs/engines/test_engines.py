@@ -154,6 +154,15 @@ def test_fp32_equals_plain_pytorch(world, reference):
         assert elements == MODEL.params
 
 
+@pytest.mark.parity
+def test_compiled_blocks_compute_the_same(reference):
+    names = {"ddp": ("torch", 0), "fsdp2": ("torch", 3), "ds1": ("deepspeed", 1), "ds2": ("deepspeed", 2)}
+    cases = {name: (_stage(*case, compile=True), MODEL) for name, case in names.items()}
+    for losses, _, elements in run_ranks(_parity, 2, cases)[0].values():
+        _check(losses, reference, 1e-5)
+        assert elements == MODEL.params
+
+
 def test_every_setting_that_passes_was_held_against_plain_pytorch():
     """`pipeline.partition` in test_parallel, the others above."""
     inside = {f"zero_optimization.{key}" for key in SETTINGS["zero_optimization"]}

@@ -25,6 +25,7 @@ REFUSED = {
     "bf16 tensor": (stage_of("deepspeed", tensor=2, precision="bf16"), "a norm that misses what is cut"),
     "offload in a pipeline": (stage_of("deepspeed", pipeline=2, zero=1, offload="optimizer"), "not been shown"),
     "compile in a pipeline": (replace(stage_of("deepspeed", pipeline=2), compile=True), "not been shown"),
+    "compile where weights are gathered": (replace(stage_of("deepspeed", zero=3), compile=True), "gather its weights"),
     "compile over tensor": (replace(stage_of("deepspeed", tensor=2), compile=True), "torch.compile"),
     "sequence": (stage_of("deepspeed", sequence=True, zero=1), "cuts over tensor ranks"),
     "chunks": (stage_of("deepspeed", interleave=2), "one chunk a rank"),
