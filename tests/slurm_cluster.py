@@ -135,6 +135,14 @@ class Cluster:
         """Names of the nodes that the newest job of ``run`` has, its batch node first."""
         return self("scontrol", "show", "hostnames", self.job(run, "%N")).split()
 
+    def shards(self):
+        """Overrides that give a preset of GPT-3 data, of which only the names are looked at."""
+        for name in ("s.idx", "s.bin", "tokenizer.json"):
+            (self.folder / name).touch()
+        named = f"{{shards: [{self.folder}/s], val_shards: [{self.folder}/s]}}"
+        mix = ("common-crawl", "webtext2", "books1", "books2", "wikipedia")
+        return [*(f"data.sources.{name}={named}" for name in mix), f"data.tokenizer={self.folder}/tokenizer.json"]
+
     def start_mlflow(self):
         """Start a server on the login node, which nodes reach; return its address, its process and its database.
 

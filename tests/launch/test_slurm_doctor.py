@@ -20,17 +20,8 @@ def codes(cluster, *words, ok=1):
     return {f["check"]: f["code"] for f in found}
 
 
-def shards(cluster):
-    """Overrides that give a preset data, of which only the names are looked at."""
-    for name in ("s.idx", "s.bin", "tokenizer.json"):
-        (cluster.folder / name).touch()
-    named = f"{{shards: [{cluster.folder}/s], val_shards: [{cluster.folder}/s]}}"
-    mix = ("common-crawl", "webtext2", "books1", "books2", "wikipedia")
-    return [*(f"data.sources.{name}={named}" for name in mix), f"data.tokenizer={cluster.folder}/tokenizer.json"]
-
-
 def test_a_real_slurm_is_looked_at(cluster):
-    found = codes(cluster, GPT3, *shards(cluster), ok=0)
+    found = codes(cluster, GPT3, *cluster.shards(), ok=0)
     assert {code for check, code in found.items() if check != "gpus"} == {""}, "all is well there"
     assert {"slurm", "preemption", "accounting", "requeue", "partition", "gpus a node", "stage pretrain"} <= {*found}
 
@@ -63,6 +54,6 @@ def test_a_partition_that_is_down_or_short_is_found(cluster):
 
 
 def test_nodes_are_looked_at_in_a_job(cluster):
-    found = codes(cluster, GPT3, *shards(cluster), "--nodes", ok=0)
+    found = codes(cluster, GPT3, *cluster.shards(), "--nodes", ok=0)
     assert found["nodes"] == ""
     assert (cluster.folder / "runs" / ".doctor" / "gpt3-125m" / "pretrain" / "preflight" / "1" / "report.json").exists()

@@ -319,7 +319,7 @@ def thousand(tmp_path_factory):
 @pytest.mark.slurm
 def test_gpt3_175b_on_128_nodes(thousand):
     """Submitted as a user would: the preflight has all nodes, and the stage behind it may then start."""
-    said = thousand(ORCH, "submit", CONFIG, *WORDS, "--preflight", "--detach")
+    said = thousand(ORCH, "submit", CONFIG, *WORDS, *thousand.shards(), "--preflight", "--detach")
     assert "cpus_per_task` is not set" in said
     run = thousand.run("gpt3-175b")
     thousand("scontrol", "uhold", run.submissions[-1].job_id)  # this machine cannot import torch 1,024 times
