@@ -50,7 +50,8 @@ def check(experiment: Experiment, stage: str) -> None:
 
 def advice(experiment: Experiment) -> list[str]:
     """What `cluster.slurm` leaves to defaults that do no GPU good."""
-    if options(experiment).cpus_per_task or experiment.cluster.gpu == "cpu":
+    chosen = options(experiment)  # a wrong one is refused at `orch plan` already, on CPUs too
+    if experiment.cluster.gpu == "cpu" or chosen.cpus_per_task:
         return []
     return [
         "`cluster.slurm.cpus_per_task` is not set: a rank gets one core, unless the partition has a `DefCpuPerGPU`; "
