@@ -10,6 +10,9 @@ OrchError
 └── TrainingError    a running job cannot go on: the loss is not finite, the disk is full
 """
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 
 class OrchError(Exception):
     """Base of every error shown to the user as ``error:`` plus ``hint:``, exit status 1."""
@@ -45,3 +48,14 @@ class TrackingError(OrchError):
 
 class TrainingError(OrchError):
     """A running job cannot go on."""
+
+
+E = TypeVar("E", bound=OrchError)
+
+
+def together(errors: Sequence[E]) -> E:
+    """All ``errors``, of which there is at least one, as one of their kind, so that none is found after another."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = [f"{i}. {e}" + (f"\n   hint: {e.hint}" if e.hint else "") for i, e in enumerate(errors, 1)]
+    return type(errors[0])("\n".join([f"{len(errors)} problems", *lines]))

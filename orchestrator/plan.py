@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator import contracts, phases, timing
 from orchestrator.checks import Problem, check
-from orchestrator.errors import ConfigError, PlanError
+from orchestrator.errors import ConfigError, PlanError, together
 from orchestrator.failures import Goodput, goodput, limit_s, storage_gb
 from orchestrator.hardware import chip
 from orchestrator.memory import fullest
@@ -131,10 +131,7 @@ def _launcher(experiment: Experiment) -> Iterator[Problem]:
 
 def refusal(problems: Sequence[Problem]) -> PlanError:
     """All ``problems``, of which there is at least one, as one error."""
-    if len(problems) == 1:
-        return PlanError(problems[0].message, hint=problems[0].hint)
-    lines = [f"{i}. {p.message}" + (f"\n   hint: {p.hint}" if p.hint else "") for i, p in enumerate(problems, 1)]
-    return PlanError("\n".join([f"{len(problems)} problems", *lines]))
+    return together([PlanError(p.message, hint=p.hint) for p in problems])
 
 
 def signal_lead_s(estimate: Estimate | None) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, together
 from orchestrator.registry import did_you_mean
 from orchestrator.spec import Experiment
 
@@ -62,7 +62,7 @@ def _tree(origins: Origins, skip: int = 0) -> dict[str, Any]:
 
 
 def convert(cls: type, origins: Origins, prefix: Key = ()) -> Any:
-    """The values below ``prefix`` as a ``cls``, strictly. Raises ConfigError with the place of the first bad one."""
+    """The values below ``prefix`` as a ``cls``, strictly. Raises ConfigError with the places of all bad ones."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -72,31 +72,37 @@ def convert(cls: type, origins: Origins, prefix: Key = ()) -> Any:
     try:
         return OmegaConf.to_object(merge(_tree(origins, len(prefix))))
     except OmegaConfBaseException as error:
+        stages = {k[1] for k in origins if k[0] == "stages" and len(k) > 1}
+        bad: dict[Key, ConfigError] = {}
         for key, history in origins.items():
             try:
                 merge(_tree({key: history}, len(prefix)))
             except OmegaConfBaseException:
-                stages = {k[1] for k in origins if k[0] == "stages" and len(k) > 1}
-                raise _bad_value(cls, key, history[-1], len(prefix), stages) from None
+                at, problem = _bad_value(cls, key, history[-1], len(prefix), stages)
+                bad.setdefault(at, problem)  # one for all keys below a name that is none
+        if bad:
+            raise together(list(bad.values())) from None
         full = (*prefix, *(error.full_key or "").split("."))
         raise _incomplete(full, str(error).splitlines()[0], origins) from None
 
 
-def _bad_value(cls: type, key: Key, origin: Origin, skip: int, stages: Collection[str]) -> ConfigError:
-    """Why ``key`` cannot have the value of ``origin``: there is no such key, or it has another type."""
+def _bad_value(cls: type, key: Key, origin: Origin, skip: int, stages: Collection[str]) -> tuple[Key, ConfigError]:
+    """Why ``key`` cannot have the value of ``origin``: there is no such key, or it has another type; and which of its
+    parts say so."""
     dotted, place = ".".join(key), f"{origin.place}: " if origin.place else ""
     type_, names, at = _type_at(cls, key[skip:])
     if type_ is None and names:
-        unknown = ".".join(key[: skip + at + 1])
-        hint = elsewhere(key, stages) or did_you_mean(key[skip + at], names)
-        return ConfigError(f"{place}no key `{unknown}`", hint=hint)
+        unknown = key[: skip + at + 1]
+        hint = elsewhere(key, stages) or did_you_mean(unknown[-1], names)
+        return unknown, ConfigError(f"{place}no key `{'.'.join(unknown)}`", hint=hint)
     if type_ is None:
         above = ".".join(key[: skip + at])
-        return ConfigError(f"{place}`{above}` is one value, so there is no `{dotted}`", hint=f"set `{above}` itself")
+        text = f"{place}`{above}` is one value, so there is no `{dotted}`"
+        return key[: skip + at], ConfigError(text, hint=f"set `{above}` itself")
     value, hint = origin.value, ""
     if type_ in (int, int | None) and isinstance(value, float) and value.is_integer():
         hint = f"write it as a whole number: `{int(value)}`"
-    return ConfigError(f"{place}`{dotted}` must be {_describe(type_)}, not {show(value)}", hint=hint)
+    return key, ConfigError(f"{place}`{dotted}` must be {_describe(type_)}, not {show(value)}", hint=hint)
 
 
 def _incomplete(key: Key, text: str, origins: Origins) -> ConfigError:

@@ -230,6 +230,19 @@ def test_bad_overrides(folder: Path, override: str, message: str, hint: str) -> 
     assert hint in e.value.hint
 
 
+def test_all_bad_keys_at_once(folder: Path) -> None:
+    with pytest.raises(ConfigError) as e:
+        compose("x", ["stages.first.stepz=1", "model.hidden=wide", "optimiser={lr: 1, clip: 2}"])
+    assert str(e.value).splitlines() == [  # a key that has a value keeps its place
+        "3 problems",
+        "1. override `model.hidden=wide`: `model.hidden` must be a whole number, not `wide`",
+        "2. override `stages.first.stepz=1`: no key `stages.first.stepz`",
+        "   hint: did you mean `steps`?",
+        "3. override `optimiser={lr: 1, clip: 2}`: no key `optimiser`",
+        "   hint: one of: `name`, `model`, `cluster`, `data`, `tracking`, `stages`",
+    ]
+
+
 BAD_FILES = [
     ("name: y\nmodel: {hiddn: 3}\n", "y.yaml:2: no key `model.hiddn`"),
     ("name: y\nmodel:\n  layers: 2\n  layers: 3\n", "y.yaml:4: `model.layers` is given twice, here and in line 3"),
