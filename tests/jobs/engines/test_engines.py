@@ -144,7 +144,8 @@ def test_fp32_equals_plain_pytorch(world, reference):
     cases = {name: (_stage(*case), MODEL) for name, case in (TORCH | DEEPSPEED).items()}
     cases["ds2-offload"] = (_stage("deepspeed", 2, offload="optimizer"), MODEL)
     cases["ds3-offload"] = (_stage("deepspeed", 3, offload="all"), MODEL)
-    cases |= {f"ds{z}-settings": (_stage("deepspeed", z, engine_config=SETTINGS), MODEL) for z in range(4)}
+    if world < 4:
+        cases |= {f"ds{z}-settings": (_stage("deepspeed", z, engine_config=SETTINGS), MODEL) for z in range(4)}
     results = run_ranks(_parity, world, cases)
     assert all(r == results[0] for r in results), "the ranks disagree about what they report"
     forwards = [forward for _, forward, _ in results[0].values()]
