@@ -88,8 +88,8 @@ def findings(experiment: Experiment | None, root: Path) -> Iterator[Finding]:
         name = chosen.partition or next((n for n, p in partitions.items() if p["Default"] == "YES"), "")
         partition = partitions.get(name, {})
         estimates = _estimates(experiment)
-        save_s = max((e["save_s"] for e in estimates or ()), default=0.0)
-        yield from _preemption(settings, name, partition, save_s, qos=_qos(settings, chosen.qos or DEFAULT_QOS))
+        ends_s = max((e["step_s"] + e["save_s"] for e in estimates or ()), default=0.0)
+        yield from _preemption(settings, name, partition, ends_s, qos=_qos(settings, chosen.qos or DEFAULT_QOS))
         yield from _queueing(settings)
         yield _accounting(settings)
         if experiment:
@@ -144,9 +144,13 @@ def _qos(settings: dict[str, str], name: str) -> tuple[str, int] | None:
 
 
 def _preemption(
-    settings: dict[str, str], name: str, partition: dict[str, str], save_s: float, *, qos: tuple[str, int] | None = None
+    settings: dict[str, str], name: str, partition: dict[str, str], ends_s: float, *, qos: tuple[str, int] | None = None
 ) -> Iterator[Finding]:
-    """What a preempted job is told, and how long before its end: by its QOS where that decides who is preempted."""
+    """What a preempted job is told, and how long before its end: by its QOS where that decides who is preempted.
+
+    Args:
+        ends_s: what ending a step and saving takes.
+    """
     mode = partition.get("PreemptMode", settings["PreemptMode"])
     if settings["PreemptType"] in NONE or mode == "OFF":
         yield _finding("preemption", f"no job of partition `{name}` is preempted")
@@ -163,9 +167,9 @@ def _preemption(
         yield _finding("preemption", found, "suspends")
     elif not grace_s:
         yield _finding("preemption", found, "no-grace", whose=whose)
-    elif grace_s < save_s:
-        found += f", and a save takes {save_s:.0f} s by the plan"
-        yield _finding("preemption", found, "short-grace", whose=whose, seconds=f"{save_s:.0f}")
+    elif grace_s < ends_s:
+        found += f", and a step and a save take {ends_s:.0f} s by the plan"
+        yield _finding("preemption", found, "short-grace", whose=whose, seconds=f"{ends_s:.0f}")
     elif "preempt_send_user_signal" not in settings["SlurmctldParameters"]:
         yield _finding("preemption", found + ", no signal", "no-preempt-signal")
     else:

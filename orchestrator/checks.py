@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.failures import limit_s, storage_gb
+from orchestrator.failures import storage_gb
 from orchestrator.hardware import lacks_bf16
+from orchestrator.memory import host_bytes
 from orchestrator.registry import did_you_mean, find
 from orchestrator.schedule import total_tokens
 from orchestrator.spec import (
@@ -24,6 +25,7 @@ from orchestrator.spec import (
     StageSpec,
     asks,
     checkpoint_gb,
+    summed,
 )
 from orchestrator.store import mask
 
@@ -37,9 +39,9 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "more than 0": (
         lambda x: 0 < x < math.inf,
-        "model.norm_eps model.rope_theta cluster.gpu_memory_gb cluster.gpu_tflops cluster.checkpoint_gb_per_s "
-        "cluster.matmul_tflops cluster.memory_gb_per_s cluster.link_gb_per_s cluster.network_gb_per_s "
-        "cluster.storage_tb cluster.step_factor cluster.memory_factor "
+        "model.norm_eps model.rope_theta cluster.gpu_memory_gb cluster.node_memory_gb cluster.gpu_tflops "
+        "cluster.checkpoint_gb_per_s cluster.matmul_tflops cluster.memory_gb_per_s cluster.link_gb_per_s "
+        "cluster.network_gb_per_s cluster.storage_tb cluster.step_factor cluster.memory_factor "
         "optimizer.lr optimizer.eps schedule.decay_tokens",
     ),
     "at least 0": (
@@ -83,6 +85,7 @@ def check(experiment: Experiment, name: str) -> list[Problem]:
     found += _engine(where, stage, limits)
     found += _schedule(where, stage, model)
     found += _saves(where, stage, model, cluster)
+    found += _host(where, stage, model, cluster)
     return found
 
 
@@ -277,8 +280,7 @@ def _sums(where: str, stage: StageSpec, cluster: ClusterSpec, limits: Limits) ->
     """Micro-batches whose gradients add up in bf16, too many for its 8 bits."""
     p = stage.parallel
     data = p.nodes * cluster.gpus_per_node // p.replica
-    parts = stage.options.get("minibatches", 1) if stage.kind == "ppo" else 1
-    turns = stage.global_batch // max(1, parts * data * p.micro_batch)
+    turns = summed(stage, data)
     in_bf16 = stage.precision == "bf16" and limits.bf16_sums is not None and asks(stage, limits.bf16_sums)
     if in_bf16 and turns > BF16_SUMS and stage.kind != "compare":  # which has no gradients
         where_not = [f"`zero: {zero}`" for zero in (2, 3) if zero not in (limits.bf16_sums or {}).get("zero", (zero,))]
@@ -362,8 +364,21 @@ def _schedule(where: str, stage: StageSpec, model: ModelSpec) -> Iterator[Proble
             return
 
 
+def _host(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec) -> Iterator[Problem]:
+    """What is offloaded into less memory than it takes."""
+    p, has_gb = stage.parallel, cluster.node_memory_gb
+    data = p.nodes * cluster.gpus_per_node // p.replica
+    needs_gb = cluster.gpus_per_node * host_bytes(model, stage, max(1, data)) / 1e9
+    if has_gb is not None and needs_gb > has_gb:
+        yield Problem(
+            message=f"`{where}.parallel.offload` {p.offload} takes {needs_gb:,.0f} GB of each node's memory, and "
+            f"`cluster.node_memory_gb` is {has_gb:g}",
+            hint=f"`{where}.parallel.nodes` may be {math.ceil(p.nodes * needs_gb / has_gb)} and more",
+        )
+
+
 def _saves(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec) -> Iterator[Problem]:
-    """Checkpoints there is no room for, and a time limit in which nothing is trained."""
+    """Checkpoints there is no room for."""
     gb = checkpoint_gb(model, stage)
     if cluster.storage_tb is not None and storage_gb(gb, stage.keep) > cluster.storage_tb * 1000:
         most = int(cluster.storage_tb * 1000 // gb) - 1
@@ -371,15 +386,6 @@ def _saves(where: str, stage: StageSpec, model: ModelSpec, cluster: ClusterSpec)
             message=f"`{where}.keep` {stage.keep} checkpoints of {gb:,.1f} GB, and one being written, are "
             f"{storage_gb(gb, stage.keep):,.1f} GB, and `cluster.storage_tb` is {cluster.storage_tb:g}",
             hint=f"`{where}.keep` may be {'1' if most == 1 else f'1 to {most}'}" if most > 0 else "more storage",
-        )
-    limit, save_s = limit_s(cluster.slurm.get("time")), gb / cluster.checkpoint_gb_per_s
-    least = cluster.restart_s + 2 * save_s + 60  # what the signal before the end leaves for a save
-    if limit and limit <= least:
-        yield Problem(
-            message=f"`cluster.slurm.time` is {limit:,.0f} s, and starting ({cluster.restart_s:,.0f} s) and two saves "
-            f"({2 * save_s:,.0f} s) leave nothing to train",
-            hint=f"`cluster.slurm.time` may be {math.floor(least / 60) + 1} (minutes) and more; "
-            f"of {math.ceil(10 * least / 60)}, nine tenths train",
         )
 
 

@@ -127,13 +127,12 @@ def nodes(composed: Composed, root: Path) -> list[Finding]:
 
 def _room_gb(experiment: Experiment | None) -> float:
     """What the run folders of ``experiment`` need: the checkpoints that are kept, and the one being written."""
-    from orchestrator.plan import plan
+    from orchestrator.plan import plan, room_gb
 
     if experiment is None:
         return MIN_DISK_GB
     with suppress(OrchError):
-        needs = [(e.to_json(), experiment.stages[e.to_json()["stage"]]) for e in plan(experiment, force=True)]
-        return MIN_DISK_GB + sum(e["checkpoint_gb"] * (stage.keep + 1) for e, stage in needs)
+        return MIN_DISK_GB + room_gb(experiment, [e.stage for e in plan(experiment, force=True)])
     return MIN_DISK_GB
 
 

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 DAY_S = 86400.0
+NEVER_S = 1e18  # older than the universe: what fails before any save is made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Goodput:
     """What interruptions leave of a run."""
 
     interruptions: float  # expected, over the whole run
-    goodput: float  # share of the time that trains: not saving, not restarting, not doing again
+    goodput: float  # share of the time that trains: not saving, restarting, doing again or waiting
     days: float  # end to end: training, saving, restarting, repeating and queueing
     interval_s: float  # between saves, that loses least
     submissions: int  # jobs that the queue's time limit makes of it; 1 without a limit
@@ -38,25 +39,38 @@ def optimal_interval_s(save_s: float, mean_between_s: float) -> float:
 
 def goodput(
     *, run_s: float, save_s: float, interval_s: float, nodes: int, per_node_day: float, restart_s: float,
-    queue_s: float = 0.0, limit_s: float = 0.0,
+    queue_s: float = 0.0, limit_s: float = 0.0, lead_s: float = 0.0,
 ) -> Goodput:  # fmt: skip
     """Expected share of useful time where a save stalls for ``save_s`` after each ``interval_s`` of training.
 
-    First order in the rate, as [Y]: a failure costs the restart, the wait in the queue, and half an interval done
-    again. A job of ``limit_s`` (0: no limit) ends with a save, waits again and starts again.
+    [D] equation 20: what failed is done again until it succeeds, the restart too. A failure also costs a wait in the
+    queue, in which nothing fails. A job of ``limit_s`` (0: no limit) is told ``lead_s`` before its end, saves, waits
+    and starts again.
     """
     between = DAY_S / (nodes * per_node_day) if per_node_day else math.inf
-    per_s = save_s / interval_s + (restart_s + queue_s + (interval_s + save_s) / 2) / between
-    usable = limit_s - save_s - restart_s
-    jobs = max(1, math.ceil(run_s * (1 + per_s) / usable)) if limit_s and usable > 0 else 1
-    whole = run_s * (1 + per_s) + queue_s + (jobs - 1) * (save_s + restart_s + queue_s)
+    interval_s = min(interval_s, run_s)
+    running = _with_failures(interval_s + save_s, restart_s, between) * run_s / interval_s
+    usable = limit_s - lead_s - restart_s
+    jobs = max(1, math.ceil(running / usable)) if limit_s and usable > 0 else 1
+    running += (jobs - 1) * (save_s + restart_s)
+    whole = running + queue_s * (jobs + running / between)
     return Goodput(
-        interruptions=whole / between,
+        interruptions=running / between,
         goodput=run_s / whole if whole else 1.0,
         days=whole / DAY_S,
         interval_s=optimal_interval_s(save_s, between),
         submissions=jobs,
     )
+
+
+def _with_failures(segment_s: float, restart_s: float, between: float) -> float:
+    """Expected seconds until one of ``segment_s`` goes by without a failure ([D] equation 20)."""
+    if not math.isfinite(between):
+        return segment_s
+    try:
+        return between * math.exp(restart_s / between) * math.expm1(segment_s / between)
+    except OverflowError:
+        return NEVER_S
 
 
 def limit_s(time: object) -> float:

@@ -24,6 +24,7 @@ CONTEXT_BYTES = {"gpu": 2.0e9, "cpu": 0.6e9}  # an assumption: runtime, librarie
 FRAGMENTS = 0.05
 LOGITS_BYTES = 2**31  # larger logits are computed in pieces (jobs/nn/losses.py)
 PIECE_BYTES = {"gpu": 2**29, "cpu": 2**20}  # fp32 copies of logits in the loss (jobs/nn/losses.py)
+HEAD_ROWS = 64  # on a GPU the vocabulary is padded to a multiple (jobs/nn/losses.py)
 BUCKET_ELEMENTS = 5e8  # DeepSpeed's `reduce_bucket_size`, allocated whole
 COLOSSAL_BUCKET = 12 * 2**20  # elements: `reduce_bucket_size_in_m` of ColossalAI's LowLevelZeroPlugin
 LIVE_ELEMENTS = 1e9  # weights that its ZeRO-3 leaves gathered (`stage3_max_live_parameters`)
@@ -125,6 +126,14 @@ def rank_bytes(
     return dict(zip(PARTS, values, strict=True))
 
 
+def host_bytes(model: ModelSpec, stage: StageSpec, data: int) -> float:
+    """What offload lays into the memory of the node, of one rank: fp32 weights, two moments and gradients; all: the
+    weights that are gathered, too ([R], and DeepSpeed's `estimate_zero3_model_states_mem_needs`: 16 and 18)."""
+    p = stage.parallel
+    each = {"none": 0, "optimizer": 16, "all": 18}[p.offload]
+    return each * model.params / p.tensor / p.pipeline / (data * p.ulysses)
+
+
 def fullest(
     model: ModelSpec, stage: StageSpec, data: int, micro_batches: int, *, on_gpu: bool = True, flash: bool = True
 ) -> tuple[int, dict[str, float]]:
@@ -179,6 +188,8 @@ def activation_bytes(
         at_work += per_layer - stream * rows
     elif p.recompute == "selective" and not flash:
         at_work += score_bytes(model, stage)
+    if stage.kind == "sft":  # the mask that keeps texts of a row apart, one for all layers
+        held += width * model.seq_len**2 * p.micro_batch * part.in_flight
     if part.first and model.dropout:
         held += rows * part.in_flight  # the mask on the embeddings, [K] section 4.3
     if part.last and model.norm_position == "pre":  # what the last norm read; it is gone once a layer is at work
@@ -222,16 +233,29 @@ def layer_activation_bytes(
     whole = h * stream * norms + (h * norms if model.dropout else 0)  # inputs of the norms; masks, a byte each
     if not (p.sequence and keeps_gathered):
         whole, gathered = whole + gathered, 0
-    queries = h + 2 * model.kv_hidden + h  # q, k, v and the attention's output
+    queries: float = h + 2 * model.kv_hidden + h  # q, k, v and the attention's output
     if p.ulysses > 1:
         queries += h  # the output on either side of the exchange
     elif model.position == "rope":
         queries += h + model.kv_hidden  # q and k before the turn lie in the same memory as v, which is kept
     up = (4 if model.activation == "swiglu" else 2) * f  # before and behind the activation
     rows = model.seq_len * p.micro_batch / p.ulysses
+    banded = _banded_share(model)
+    if model.kv_hidden < h and p.recompute != "selective":  # a kernel with a mask takes no shared keys
+        repeated = h - 3 * model.kv_hidden if model.position == "rope" and p.ulysses == 1 else 2 * h
+        queries += (1 if stage.kind == "sft" else banded) * repeated
     split = width * (queries + up) / p.tensor
     scores = 0.0 if flash or p.recompute == "selective" else score_bytes(model, stage)
+    if p.recompute != "selective":  # each banded layer makes a mask
+        scores += banded * width * model.seq_len**2 * (p.micro_batch if stage.kind == "sft" else 1)
     return rows * (whole / (p.tensor if p.sequence else 1) + gathered + split) + scores
+
+
+def _banded_share(model: ModelSpec) -> float:
+    """Of the layers, those whose window is smaller than a row."""
+    if model.window >= model.seq_len:
+        return 0.0
+    return {"dense": 0.0, "alternating": model.layers // 2 / model.layers, "banded": 1.0}[model.attention]
 
 
 def score_bytes(model: ModelSpec, stage: StageSpec) -> float:
@@ -252,7 +276,9 @@ def logit_bytes(model: ModelSpec, stage: StageSpec, *, on_gpu: bool) -> float:
     summed = 4 if logits == LOGITS_BYTES else 0  # chunks add up in fp32
     piece = max(piece, (width + summed) * model.vocab * model.hidden / p.tensor)  # then the table's gradient is made
     hidden = 3 * width + (4 if _stream_bytes(stage) > width else 0)  # what the head reads, its gradient, the norm's
-    return logits + piece + hidden * rows * model.hidden
+    ragged = on_gpu and math.ceil(model.vocab / p.tensor) % HEAD_ROWS > 0  # then a padded copy of the head is made
+    padded = width * model.vocab * model.hidden / p.tensor if ragged else 0.0
+    return logits + piece + padded + hidden * rows * model.hidden
 
 
 def buffer_bytes(model: ModelSpec, stage: StageSpec, part: Slice, data: int) -> float:
@@ -269,11 +295,12 @@ def buffer_bytes(model: ModelSpec, stage: StageSpec, part: Slice, data: int) -> 
         return width * (sharded_params(model, part, p.tensor) + 3 * block)  # with a block's gradient and its buffer
     if p.zero == 3 or p.offload == "all":
         two = 2 * max(block, model.vocab * model.hidden / p.tensor)
-        kept = min(LIVE_ELEMENTS, sharded_params(model, part, p.tensor))
-        return width * (max(two, kept) + _bucket(stage))
+        live = _elements(stage, "stage3_max_live_parameters", LIVE_ELEMENTS)
+        kept = min(live, sharded_params(model, part, p.tensor))
+        return width * (max(two, kept) + bucket(stage))
     if p.zero and stage.engine == "colossalai":  # flushed when full; that of a small model only when all is done
         return width * COLOSSAL_BUCKET if sharded_params(model, part, p.tensor) > COLOSSAL_BUCKET else 0.0
-    return width * _bucket(stage) if p.zero else 0.0
+    return width * bucket(stage) if p.zero else 0.0
 
 
 def spared_bytes(model: ModelSpec, stage: StageSpec) -> float:
@@ -286,11 +313,21 @@ def spared_bytes(model: ModelSpec, stage: StageSpec) -> float:
     return (width + 4 if p.zero == 3 else 3 * width) * model.layer_params / p.tensor
 
 
-def _bucket(stage: StageSpec) -> float:
-    """Elements of DeepSpeed's reduce bucket."""
+def zero_options(stage: StageSpec) -> Mapping[str, Any]:
+    """`engine_config.zero_optimization`; empty where it is none."""
     section: Any = stage.engine_config.get("zero_optimization", {})
-    size = section.get("reduce_bucket_size", BUCKET_ELEMENTS) if isinstance(section, Mapping) else BUCKET_ELEMENTS
-    return float(size) if isinstance(size, int | float) else BUCKET_ELEMENTS
+    return section if stage.engine == "deepspeed" and isinstance(section, Mapping) else {}
+
+
+def bucket(stage: StageSpec) -> float:
+    """Elements of DeepSpeed's reduce bucket; ZeRO-1 and 2 fill a second while the first is summed beside arithmetic."""
+    twice = 2 if stage.parallel.zero in (1, 2) and zero_options(stage).get("overlap_comm") is True else 1
+    return twice * _elements(stage, "reduce_bucket_size", BUCKET_ELEMENTS)
+
+
+def _elements(stage: StageSpec, key: str, default: float) -> float:
+    size = zero_options(stage).get(key, default)
+    return float(size) if isinstance(size, int | float) else default
 
 
 def _torch_shards(stage: StageSpec) -> bool:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from orchestrator.hardware import Chip, matmul_s
-from orchestrator.memory import logit_bytes, rank_bytes, sharded_params, slice_of, spared_bytes
+from orchestrator.memory import bucket, logit_bytes, rank_bytes, sharded_params, slice_of, spared_bytes
 from orchestrator.spec import ModelSpec, StageSpec
 from orchestrator.timing import COLLECTIVE_S, FORWARD_KERNELS, GATHER_SHARE, Software, Step, layer, step
 
@@ -48,6 +48,7 @@ def phase_bytes(
         return {"update": base | {"frozen": frozen}}
     # One engine's gradients at a time, but for what DeepSpeed allocates once
     lasting = 2 * base["gradients"] if stage.engine == "deepspeed" and p.zero in (0, 3) else 0.0
+    a_bucket = _width(stage) * bucket(stage) if stage.engine == "deepspeed" and p.zero == 3 else 0.0  # of each engine
     held = {
         "weights": 2 * base["weights"],
         "gradients": lasting,
@@ -59,11 +60,12 @@ def phase_bytes(
     scoring = {
         "activations": _passing_bytes(model, stage, p.micro_batch * model.seq_len),
         "logits": logit_bytes(model, stage, on_gpu=on_gpu),
-        "buffers": base["buffers"] + spared_bytes(model, stage),
+        "buffers": base["buffers"] + spared_bytes(model, stage) + a_bucket,
     }
-    training = {name: base[name] for name in ("activations", "logits", "buffers")}
+    training = {name: base[name] for name in ("activations", "logits")} | {"buffers": base["buffers"] + a_bucket}
+    rollout = rollout_bytes(model, stage)
     return {
-        "rollout": held | rollout_bytes(model, stage),
+        "rollout": held | rollout | {"buffers": rollout["buffers"] + 2 * a_bucket},
         "score": held | scoring,
         "update": held | training | {"gradients": max(lasting, base["gradients"])},
     }

@@ -19,7 +19,7 @@ from orchestrator.checks import Problem, check
 from orchestrator.errors import ConfigError, PlanError, together
 from orchestrator.failures import Goodput, goodput, limit_s, storage_gb
 from orchestrator.hardware import chip
-from orchestrator.memory import fullest
+from orchestrator.memory import fullest, rank_bytes, zero_options
 from orchestrator.registry import did_you_mean, find
 from orchestrator.scaling import epochs
 from orchestrator.schedule import batches
@@ -33,7 +33,7 @@ BAND = 0.10
 PPO_BAND = 0.4  # DeepSpeed-Chat's runs took 2 to 59 % longer than planned (docs/plan.md, "PPO and DPO")
 # How each engine runs: which gradients it sums, what it sends beside the backward pass (jobs/engines/).
 SOFTWARE = {
-    "torch": Software(grad_bytes=4, hides_data=True, gathers_by_all_ports=True),
+    "torch": Software(grad_bytes=4, hides_data=True, gathers_by_all_ports=True, gathers_each=True),
     "deepspeed": Software(grad_bytes=2),
     "colossalai": Software(grad_bytes=2, hides_data=True),
 }
@@ -114,6 +114,8 @@ def plan(
         estimates.append(e)
         if not (e.fits or force):
             problems.append(_does_not_fit(experiment, e))
+        problems += _too_short(experiment.cluster, e)
+    problems += _no_room(experiment, [e.stage for e in estimates])
     if problems:
         raise refusal(problems)
     return estimates
@@ -135,13 +137,13 @@ def refusal(problems: Sequence[Problem]) -> PlanError:
 
 
 def signal_lead_s(estimate: Estimate | None) -> int:
-    """How long before its end a job must be told, to save in time; None stands for a stage that does not train.
+    """How long before its end a job must be told, to save in time; None stands for a stage that does not train."""
+    return 60 if estimate is None else math.ceil(_lead_s(estimate.step_s, estimate.step_band, estimate.save_s))
 
-    A step is ended first. The minute is enough for one of training, not for one that has phases.
-    """
-    if estimate is None:
-        return 60
-    return 60 + math.ceil(2 * estimate.save_s + (estimate.step_s if estimate.phases else 0))
+
+def _lead_s(step_s: float, band: float, save_s: float) -> float:
+    """The step at work is ended, which may take its ``band`` longer, then saved; with a minute to spare."""
+    return 60 + step_s * (1 + band) + 2 * save_s
 
 
 def estimate(experiment: Experiment, name: str) -> Estimate:
@@ -162,7 +164,8 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
 
     size_gb = checkpoint_gb(model, stage)
     save_s = size_gb / cluster.checkpoint_gb_per_s
-    kept = _goodput(stage, cluster, run_s, save_s, step.total_s)
+    band = PPO_BAND if stage.kind == "ppo" else BAND
+    kept = _goodput(stage, cluster, run_s, save_s, step.total_s, _lead_s(step.total_s, band, save_s))
     return Estimate(
         stage=name,
         engine=stage.engine,
@@ -190,7 +193,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         save_every_optimal_steps=max(1, min(stage.steps, round(min(kept.interval_s / step.total_s, 1e12)))),
         fullest_stage=index,
         step_parts_s=vars(step),
-        step_band=PPO_BAND if stage.kind == "ppo" else BAND,
+        step_band=band,
         interruptions=kept.interruptions,
         goodput=kept.goodput,
         days_end_to_end=kept.days,
@@ -221,6 +224,14 @@ def in_rows(stage: StageSpec) -> StageSpec:
     return replace(stage, parallel=replace(p, micro_batch=p.micro_batch * responses(stage)))
 
 
+def memory_of_rank_0(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> dict[str, float]:
+    """GB by use, with their total, of the rank whose memory a run measures."""
+    if stage.parallel.pipeline == 1:
+        return memory(model, stage, cluster)[1]
+    _, data, micro_batches = layout(stage, cluster)
+    return _gb(rank_bytes(model, in_rows(stage), 0, data, micro_batches, on_gpu=cluster.gpu != "cpu"), cluster)
+
+
 def memory(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> tuple[int, dict[str, float]]:
     """The fullest pipeline stage, and its GB by use with their total, as measured on this cluster if they were."""
     if by_phase := phases_gb(model, stage, cluster):
@@ -240,7 +251,8 @@ def phases_gb(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> dict[
 
 
 def _gb(parts: Mapping[str, float], cluster: ClusterSpec) -> dict[str, float]:
-    gb = {key: value * cluster.memory_factor / 1e9 for key, value in parts.items()}
+    """``parts`` as measured on this cluster if they were; `other` is not PyTorch's to measure."""
+    gb = {key: value * (1 if key == "other" else cluster.memory_factor) / 1e9 for key, value in parts.items()}
     return {**gb, "total": sum(gb.values())}
 
 
@@ -257,10 +269,13 @@ def step_time(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec, batch: i
 
 
 def software_of(stage: StageSpec) -> Software:
-    """How the engine of ``stage`` runs on GPUs."""
+    """How the engine of ``stage`` runs on GPUs; several texts in a row need a mask, which no kernel leaves out."""
+    found = SOFTWARE.get(stage.engine, Software())
     if stage.engine == "deepspeed" and stage.parallel.pipeline > 1:
-        return DEEPSPEED_PIPELINE
-    return SOFTWARE.get(stage.engine, Software())
+        found = DEEPSPEED_PIPELINE
+    elif stage.engine == "deepspeed" and zero_options(stage).get("overlap_comm") is True:
+        found = replace(found, hides_data=True)
+    return replace(found, causal=False) if stage.kind == "sft" else found
 
 
 def recomputed_flops_per_token(model: ModelSpec, p: ParallelPlan) -> float:
@@ -279,7 +294,9 @@ def _run_s(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> float:
     return sum(n * step_time(model, stage, cluster, size).total_s for size, n in sizes.items())
 
 
-def _goodput(stage: StageSpec, cluster: ClusterSpec, run_s: float, save_s: float, step_s: float) -> Goodput:
+def _goodput(
+    stage: StageSpec, cluster: ClusterSpec, run_s: float, save_s: float, step_s: float, lead_s: float
+) -> Goodput:
     return goodput(
         run_s=run_s,
         save_s=save_s,
@@ -289,7 +306,43 @@ def _goodput(stage: StageSpec, cluster: ClusterSpec, run_s: float, save_s: float
         restart_s=cluster.restart_s,
         queue_s=cluster.queue_s,
         limit_s=limit_s(cluster.slurm.get("time")),
+        lead_s=lead_s,
     )
+
+
+def _too_short(cluster: ClusterSpec, e: Estimate) -> Iterator[Problem]:
+    """A time limit whose jobs are told to end before they have trained a step."""
+    limit, least = limit_s(cluster.slurm.get("time")), cluster.restart_s + signal_lead_s(e)
+    if limit and limit <= least:
+        yield Problem(
+            message=f"`cluster.slurm.time` is {limit:,.0f} s, and of a job of stage `{e.stage}` starting takes "
+            f"{cluster.restart_s:,.0f} s, and to end in time a step of {e.step_s:,.3g} s, two saves of "
+            f"{e.save_s:,.3g} s and a minute",
+            hint=f"`cluster.slurm.time` may be {math.floor(least / 60) + 1} (minutes) and more; "
+            f"of {math.ceil(10 * least / 60)}, nine tenths train",
+        )
+
+
+def _no_room(experiment: Experiment, stages: Sequence[str]) -> Iterator[Problem]:
+    """Checkpoints that ``stages`` keep, and the largest being written, which there is no room for together."""
+    sizes = {name: checkpoint_gb(experiment.model, experiment.stages[name]) for name in stages}
+    room_tb = experiment.cluster.storage_tb
+    if room_tb is None or len(sizes) < 2:
+        return  # one stage alone: checks.py
+    needs = room_gb(experiment, stages)
+    if needs > room_tb * 1000:
+        said = ", ".join(f"`{name}` {experiment.stages[name].keep} of {gb:,.1f}" for name, gb in sizes.items())
+        yield Problem(
+            message=f"the checkpoints that are kept ({said} GB), and the largest being written, are {needs:,.1f} GB, "
+            f"and `cluster.storage_tb` is {room_tb:g}",
+            hint="a smaller `keep` of some stages, or more storage",
+        )
+
+
+def room_gb(experiment: Experiment, stages: Sequence[str]) -> float:
+    """For the checkpoints that ``stages`` keep, and the largest of them being written."""
+    sizes = {name: checkpoint_gb(experiment.model, experiment.stages[name]) for name in stages}
+    return sum(experiment.stages[name].keep * gb for name, gb in sizes.items()) + max(sizes.values(), default=0.0)
 
 
 def _does_not_fit(experiment: Experiment, e: Estimate) -> Problem:

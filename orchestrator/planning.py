@@ -19,6 +19,7 @@ from orchestrator.search import search as layouts_of
 from orchestrator.spec import Experiment
 from orchestrator.submit import advice, select
 
+WORTH_IT = 0.5  # of the time; below it more is lost than trained
 NOTHING = "nothing to estimate: none of these stages trains"
 
 
@@ -62,6 +63,11 @@ def _advise(experiment: Experiment, estimates: Sequence[Estimate], config: str, 
             say(
                 f"warning: `{e.stage}` reads source `{source}` {times:.1f} times, and beyond {WORTH_REPEATING} epochs "
                 "tokens teach little (arXiv:2305.16264): fewer `steps`, or more data"
+            )
+        if e.goodput < WORTH_IT:
+            say(
+                f"warning: of `{e.stage}`, {e.goodput:.0%} of the time would train: it is interrupted "
+                f"{e.interruptions:,.0f} times; a save every {e.save_every_optimal_steps:,} steps loses least"
             )
         if experiment.cluster.gpu == "cpu":
             continue

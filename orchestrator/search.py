@@ -16,7 +16,9 @@ from orchestrator.spec import Experiment, Limits, ModelSpec, ParallelPlan, Stage
 
 Goal = Literal["speed", "money", "nodes"]
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-KEYS = ("nodes", "tensor", "ulysses", "pipeline", "interleave", "sequence", "zero", "micro_batch", "recompute")
+KEYS = (
+    "nodes", "tensor", "ulysses", "pipeline", "interleave", "sequence", "zero", "offload", "micro_batch", "recompute",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ def search(
     ranked: list[tuple[float, float, ParallelPlan]] = []  # what is wanted least of, the memory it takes, the layout
     for n in _node_counts(nodes, goal):
         # the tokens are given: days go with the step, GPU-hours with the step times the nodes
-        ranked += [(step_s * (n if goal == "money" else 1), gb, p) for step_s, gb, p in _timed(experiment, stage, n)]
+        timed = list(_timed(experiment, stage, n))
+        timed += _own(experiment, name, [p for *_, p in timed]) if n == stage.parallel.nodes else []
+        ranked += [(step_s * (n if goal == "money" else 1), gb, p) for step_s, gb, p in timed]
         ranked.sort(key=lambda item: item[:2])
         if goal != "nodes" and n < nodes:
             continue
@@ -90,7 +94,8 @@ def _nothing(experiment: Experiment, name: str, nodes: int, fitting: list[Parall
     if first:
         return PlanError(
             f"stage `{name}`: no layout of engine `{stage.engine}` fits {where} of {cluster.gpu_memory_gb:g} GB",
-            hint="more GPUs with `--gpus`, larger ones with `cluster=`, or another `engine`",
+            hint="more GPUs with `--gpus`, larger ones with `cluster=`, another `engine`, or `offload`, which is not "
+            "searched",
         )
     fewer, more = range(nodes, 0, -1), range(nodes, 4 * nodes)
     near = [n for counts in (fewer, more) if (n := next((n for n in counts if any(layouts(n))), 0))]
@@ -107,7 +112,8 @@ def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tup
     cluster = experiment.cluster
     limits: Limits = find("jobs.engines", stage.engine).LIMITS
     runs: dict[tuple[object, ...], bool] = {}  # by what refusals speak of: there are few, and layouts are many
-    for p in _layouts(experiment.model, stage, nodes, cluster.gpus_per_node):
+    own = [stage.parallel] if nodes == stage.parallel.nodes else []
+    for p in (*own, *_layouts(experiment.model, stage, nodes, cluster.gpus_per_node)):
         kind = (p.tensor > 1, p.pipeline > 1, p.interleave > 1, p.sequence, p.zero, p.recompute)
         if kind not in runs:
             runs[kind] = not limits.refusals(replace(stage, parallel=p))
@@ -116,6 +122,15 @@ def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tup
         other = replace(stage, parallel=p)
         if (gb := memory(experiment.model, other, cluster)[1]["total"]) <= cluster.gpu_memory_gb:
             yield step_time(experiment.model, other, cluster, stage.global_batch).total_s, gb, p
+
+
+def _own(experiment: Experiment, name: str, known: list[ParallelPlan]) -> Iterator[tuple[float, float, ParallelPlan]]:
+    """What `_timed` says, of the config's own layout where no search finds it: with offload, say, or ulysses."""
+    stage, cluster = experiment.stages[name], experiment.cluster
+    if stage.parallel in known or check(experiment, name):
+        return
+    if (gb := memory(experiment.model, stage, cluster)[1]["total"]) <= cluster.gpu_memory_gb:
+        yield step_time(experiment.model, stage, cluster, stage.global_batch).total_s, gb, stage.parallel
 
 
 def _layouts(model: ModelSpec, stage: StageSpec, nodes: int, per_node: int) -> Iterator[ParallelPlan]:
@@ -166,8 +181,6 @@ def _confirmed(experiment: Experiment, name: str, ranked: list[ParallelPlan], to
         if check(other, name):
             continue
         change = {key: getattr(p, key) for key in KEYS if getattr(p, key) != getattr(stage.parallel, key)}
-        if stage.parallel.offload != "none":
-            change["offload"] = "none"
         found.append(Found(estimate=estimate(other, name), parallel=p, overrides=overrides(name, change)))
         if len(found) == top:
             break

@@ -149,6 +149,7 @@ class ClusterSpec:
     gpu: str  # as the vendor names it; `cpu` for none
     gpus_per_node: int  # ranks per node, also where gpu is `cpu`
     gpu_memory_gb: float  # memory one rank may fill, as in the vendor's data sheet
+    node_memory_gb: float | None = None  # of the node itself, for `offload`; None: not checked
     gpu_tflops: float  # dense bf16 (fp16 where there is no bf16) peak, 1e12 flop/s
     nodes: int | None = None  # how many there are; None: unknown, not checked
     launcher: str = "slurm"  # a module of launch/
@@ -315,6 +316,16 @@ class Refusal:
 # How many micro-batches may add up in bf16. A sum of equal addends (20,000 of them, normally distributed) is 0.8 % off
 # after 16, 3 % after 64 and 31 % after 512, where it has come to stand still; of noise it is 0.5, 0.9 and 2 %.
 BF16_SUMS = 64
+
+
+def summed(stage: StageSpec, data: int) -> int:
+    """Micro-batches whose gradients one of ``data`` ranks adds up for an optimizer step of the full batch."""
+    turns = stage.global_batch // max(1, data * stage.parallel.micro_batch)
+    if stage.kind != "ppo":
+        return turns
+    o = stage.options
+    turns = max(1, turns // o.get("minibatches", 1))
+    return turns + (round(turns * o.get("ptx_ratio", 1)) if o.get("ptx_coef") else 0)  # and those of text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from launch import Launcher
 from orchestrator import inputs
 from orchestrator.compose import Composed, compose
 from orchestrator.errors import ConfigError, LaunchError, TrackingError
-from orchestrator.plan import Estimate, plan
+from orchestrator.plan import Estimate, plan, room_gb
 from orchestrator.preflight import REHEARSALS
 from orchestrator.registry import did_you_mean, find
 from orchestrator.relayout import continues, moved, what_counts
@@ -72,6 +72,9 @@ def submit(
     _check_needs(pending, experiment, trains=not (dry_run or rehearse))
     for line in advice(experiment, launcher) if pending else ():
         log.warning("%s", line)
+    new = [run.stage for run in pending if run.stage in estimates and not _begun(run)]
+    if not rehearse and (said := _room(experiment, new, root)):
+        log.warning("%s", said)
     with ExitStack() as held:
         for run in pending:
             _make_folder(run)
@@ -186,6 +189,15 @@ def select(experiment: Experiment, stages: Sequence[str]) -> list[str]:
 
 
 # What a run needs before it may start
+
+
+def _room(experiment: Experiment, stages: Sequence[str], root: Path) -> str:
+    """What to say where the disk of ``root`` has less free than the checkpoints of ``stages`` will take."""
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    needs_gb, free_gb = room_gb(experiment, stages), shutil.disk_usage(existing).free / 1e9
+    if needs_gb <= free_gb:
+        return ""
+    return f"checkpoints will take {needs_gb:,.1f} GB, and `{root}` has {free_gb:,.1f} GB free"
 
 
 def _unfinished(runs: Sequence[Run], experiment: Experiment, *, say: bool = True) -> list[Run]:

@@ -41,6 +41,8 @@ class Software:
     kernel_s: float = 4e-6  # from the end of a kernel to the start of the next
     hides_tensor: str = "none"  # collectives of the tensor ranks run beside arithmetic: none, backward, all
     hides_data: bool = False  # gradients are reduced beside the last backward pass
+    reduces_each: bool = True  # at ZeRO-2, gradients of every micro-batch, not of their sum
+    gathers_each: bool = False  # at ZeRO-2, weights for every micro-batch, not for every step
     gathers_by_all_ports: bool = False  # at ZeRO-3, as NCCL's rings can; DeepSpeed's reached less than one of them
     fused_sum: bool = False  # the product that makes a weight's gradient adds it to the sum
 
@@ -95,7 +97,7 @@ def step(model: ModelSpec, stage: StageSpec, c: Chip, data: int, micro_batches: 
     slowest = layers * a_layer + (sum(ends) if p.pipeline == 1 else 0.0 if uneven else max(ends))
     whole = model.layers * a_layer + sum(ends)
     fill = (whole - slowest) / p.interleave if p.pipeline > 1 else 0.0
-    message = _message_s(model, stage, c)
+    message = _message_s(model, stage, c, data)
     busy = micro_batches * slowest
     data_s = _data_s(model, stage, c, data, micro_batches, software, hide=layers * one.backward_s, busy=busy)
     return Step(
@@ -208,13 +210,14 @@ def _exchange_s(model: ModelSpec, stage: StageSpec, c: Chip) -> float:
     return _ring_s(moved, p.ulysses, c.link if p.ulysses <= c.per_node else c.network) + 4 * COLLECTIVE_S
 
 
-def _message_s(model: ModelSpec, stage: StageSpec, c: Chip) -> float:
+def _message_s(model: ModelSpec, stage: StageSpec, c: Chip, data: int) -> float:
     """An activation to the next stage and a gradient back, split over the tensor ranks ([N] section 4.1)."""
     p = stage.parallel
     if p.pipeline == 1:
         return 0.0
     width = 2 if stage.precision == "bf16" else 4
-    return 2 * (width * model.seq_len * p.micro_batch * model.hidden / p.tensor / c.network + COLLECTIVE_S)
+    rate = c.link if data * p.tensor * p.pipeline <= c.per_node else c.network
+    return 2 * (width * model.seq_len * p.micro_batch * model.hidden / p.tensor / rate + COLLECTIVE_S)
 
 
 def _ring_s(moved: float, ranks: int, rate: float) -> float:
@@ -233,7 +236,10 @@ def _data_s(
     model: ModelSpec, stage: StageSpec, c: Chip, data: int, micro_batches: int, software: Software, *, hide: float,
     busy: float,
 ) -> float:  # fmt: skip
-    """Gradients and weights between data ranks, [R] section 7: 2 volumes a step, with ZeRO-3 3 a micro-batch."""
+    """Gradients and weights between data ranks, [R] section 7: 2 volumes a step, with ZeRO-3 3 a micro-batch.
+
+    ZeRO-2 keeps no whole gradient to add to, so that each micro-batch's is reduced when it is made.
+    """
     p = stage.parallel
     mine = rank_params(model, p)
     width = 2 if stage.precision == "bf16" else 4
@@ -242,15 +248,18 @@ def _data_s(
         tied = 2 * model.vocab * model.hidden / p.tensor * software.grad_bytes / c.network / 2
     if data == 1:
         return tied
-    inside = data * p.tensor * p.pipeline <= c.per_node
+    inside = data * p.tensor <= c.per_node  # the pipeline is outermost (jobs/runtime/mesh.py)
     ports = max(1, min(data, c.per_node // p.tensor))  # of a node's, that this group's ring may use
     rate = c.link if inside else min(c.link, c.network * ports)
     if p.zero == 3:
         rate = rate if inside or software.gathers_by_all_ports else c.network * GATHER_SHARE
         moved = _ring_s(micro_batches * (2 * width + software.grad_bytes) * mine, data, rate)
         return tied + _hidden(moved, busy)
-    moved = _ring_s((2 * software.grad_bytes if p.zero == 0 else software.grad_bytes + width) * mine, data, rate)
-    return tied + (_hidden(moved, HIDDEN_SHARE * hide) if software.hides_data else moved)
+    reduced = micro_batches if p.zero == 2 and software.reduces_each else 1
+    gathered = micro_batches if p.zero == 2 and software.gathers_each else 1
+    each = 2 * software.grad_bytes if p.zero == 0 else reduced * software.grad_bytes + gathered * width
+    moved = _ring_s(each * mine, data, rate)
+    return tied + (_hidden(moved, HIDDEN_SHARE * hide * reduced) if software.hides_data else moved)
 
 
 def _optimizer_s(model: ModelSpec, stage: StageSpec, c: Chip, data: int, software: Software) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jobs.nn import parallel
 from jobs.nn.cut import Cut
-from jobs.nn.gpt import GPT, Attention, FeedForward, Head, places, seen
+from jobs.nn.gpt import GPT, Attention, FeedForward, Head, additive, computed_in, places, seen
 from jobs.nn.parallel import TensorGroup
 from orchestrator.spec import ModelSpec
 
@@ -178,6 +178,8 @@ def stage_forward(
         x_BTH = self.drop(x_BTH)
     else:
         x_BTH = hidden
+    if mask is not None:
+        mask = additive(mask, computed_in(x_BTH))
     start, stop = stage_index or held
     for block in self.blocks[start:stop]:
         x_BTH = block(x_BTH, mask)

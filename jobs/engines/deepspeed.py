@@ -20,7 +20,7 @@ from jobs.runtime import dist
 from jobs.runtime.job import Ranks
 from jobs.runtime.mesh import Place, place
 from jobs.runtime.pieces import Piece, Slot
-from orchestrator.spec import BF16_SUMS, Limits, Refusal, StageSpec
+from orchestrator.spec import BF16_SUMS, Limits, Refusal, StageSpec, summed
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +157,7 @@ def config(stage: StageSpec, ranks: Ranks) -> dict[str, Any]:
     Keys: https://www.deepspeed.ai/docs/config-json/.
     """
     p = stage.parallel
-    turns = stage.global_batch // (place(ranks.rank, ranks.world, p).data_size * p.micro_batch)
+    turns = summed(stage, place(ranks.rank, ranks.world, p).data_size)
     zero: dict[str, Any] = {"stage": p.zero}
     if p.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -94,8 +94,8 @@ class GPT(nn.Module):
         if self.positions is not None:
             x_BTH = self.positions(x_BTH, places_BT)
         x_BTH = self.drop(x_BTH)
-        if cache and mask is not None:
-            mask = additive(mask, x_BTH.dtype)
+        if mask is not None:
+            mask = additive(mask, computed_in(x_BTH))
         for layer, block in enumerate(self.blocks):
             x_BTH = block(x_BTH, mask, cache[layer] if cache else None)
         return x_BTH if self.norm is None else self.norm(x_BTH)
@@ -392,8 +392,14 @@ def seen(segments_BS: Tensor, tokens: int) -> Tensor:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as SDPA adds it to the scores: made once here, it is not made in every layer of every token."""
+    """A mask as SDPA adds it to the scores: made once here, it is neither made nor kept by every layer."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of products with ``x``: autocast's, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def places(segments_BS: Tensor) -> Tensor:

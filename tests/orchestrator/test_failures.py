@@ -1,6 +1,7 @@
 """Interruptions and saves against published numbers and against brute force."""
 
 import math
+import random
 
 import pytest
 
@@ -45,10 +46,41 @@ def test_bloom_saves_cost_as_printed() -> None:
 def test_a_time_limit_makes_more_jobs() -> None:
     kw = {"save_s": 60.0, "interval_s": 1e9, "nodes": 1, "per_node_day": 0.0, "restart_s": 120.0, "queue_s": 600.0}
     one = goodput(run_s=40 * 3600, **kw)
-    assert (one.submissions, one.days * DAY_S) == (1, pytest.approx(40 * 3600 + 600, rel=1e-6))
+    assert (one.submissions, one.days * DAY_S) == (1, pytest.approx(40 * 3600 + 60 + 600, rel=1e-6))  # one save
     cut = goodput(run_s=40 * 3600, limit_s=20 * 3600, **kw)
-    assert cut.submissions == 3  # 20 hours less a save and a restart are too few twice
+    assert cut.submissions == 3  # 20 hours less a restart are too few twice, with a save
     assert cut.days > one.days
+    assert goodput(run_s=40 * 3600, limit_s=20 * 3600, lead_s=4 * 3600, **kw).submissions == 3
+    assert goodput(run_s=40 * 3600, limit_s=20 * 3600, lead_s=8 * 3600, **kw).submissions == 4
+
+
+@pytest.mark.parametrize(("interval_s", "restart_s"), [(600, 60), (3000, 600), (10_000, 600)])
+def test_time_lost_to_failures_is_what_happens(interval_s: float, restart_s: float) -> None:
+    """Segments of training and a save that start again, restart and all, when an exponential failure comes first."""
+    draw, between, save_s, segments = random.Random(1), 2274.0, 84.0, 4000
+    took, failures = 0.0, 0
+    for _ in range(segments):
+        needs = interval_s + save_s
+        while (until := draw.expovariate(1 / between)) < needs:
+            took, failures, needs = took + until, failures + 1, restart_s + interval_s + save_s
+        took += needs
+    kw = {"save_s": save_s, "interval_s": interval_s, "restart_s": restart_s, "nodes": 10_000}
+    g = goodput(run_s=segments * interval_s, per_node_day=0.0038, **kw)
+    assert g.days * DAY_S == pytest.approx(took, rel=0.1)
+    assert g.interruptions == pytest.approx(failures, rel=0.1)
+
+
+def test_nothing_fails_in_the_queue() -> None:
+    kw = {"run_s": 30 * DAY_S, "save_s": 60, "interval_s": 3600, "nodes": 128, "per_node_day": 0.0038, "restart_s": 600}
+    at_once, queued = (goodput(**kw, queue_s=queue_s, limit_s=DAY_S) for queue_s in (0, DAY_S))
+    assert queued.interruptions == at_once.interruptions == pytest.approx(15.5, rel=0.1)
+    assert queued.days == pytest.approx(at_once.days + at_once.submissions + at_once.interruptions)
+
+
+def test_what_always_fails_first_never_ends() -> None:
+    g = goodput(run_s=1e7, save_s=60, interval_s=1e7, nodes=10_000, per_node_day=0.0038, restart_s=600)
+    assert g.days > 1e9
+    assert g.goodput < 1e-6
 
 
 @pytest.mark.parametrize(

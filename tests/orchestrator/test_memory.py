@@ -9,6 +9,7 @@ from orchestrator.memory import (
     activation_bytes,
     fullest,
     layer_activation_bytes,
+    logit_bytes,
     rank_bytes,
     sharded_params,
     slice_of,
@@ -42,6 +43,37 @@ def test_activations_of_a_layer_are_korthikantis(tensor: int, sequence: bool, re
 
 def test_fused_attention_keeps_no_scores() -> None:
     assert layer_activation_bytes(GPT3, stage()) == S * B * H * 34
+
+
+def test_masks_are_kept() -> None:
+    """A row of several texts has one for all layers; a banded layer makes its own; with one, keys are not shared."""
+    dense = replace(GPT3, layers=4)
+    plain, sft = (rank_bytes(dense, s, 0, 1, 1)["activations"] for s in (stage(), replace(stage(), kind="sft")))
+    assert sft - plain == 2 * B * S**2
+    banded = replace(dense, attention="alternating")
+    assert rank_bytes(banded, stage(), 0, 1, 1)["activations"] - plain == 2 * (2 * S**2)
+    for position, more in (("learned", 2 * H), ("rope", H - 3 * H // 8)):  # q alone, or v, keeps all three in memory
+        shared = replace(dense, heads=96, kv_heads=12, position=position)
+        one, other = (layer_activation_bytes(shared, replace(stage(), kind=kind)) for kind in ("pretrain", "sft"))
+        assert other - one == 2 * S * B * more
+
+
+def test_a_head_is_padded_on_gpus() -> None:
+    ragged, even = (replace(GPT3, vocab=vocab) for vocab in (50257, 50304))
+    for model, copies in ((ragged, 1), (even, 0)):
+        on_gpu = logit_bytes(model, stage(tensor=1, micro_batch=64), on_gpu=True)
+        on_cpu = logit_bytes(model, stage(tensor=1, micro_batch=64), on_gpu=False)
+        assert on_gpu - on_cpu == copies * 2 * model.vocab * H
+
+
+def test_deepspeeds_buckets() -> None:
+    def buffers(zero: int, **options: object) -> float:
+        s = replace(stage(zero=zero, engine="deepspeed"), engine_config={"zero_optimization": options})
+        return rank_bytes(GPT3, s, 0, 8, 1)["buffers"]
+
+    assert buffers(2, overlap_comm=True) - buffers(2, overlap_comm=False) == 2 * 5e8
+    assert buffers(3, overlap_comm=True) == buffers(3)
+    assert buffers(3, stage3_max_live_parameters=1e10) == 2 * (1e10 + 5e8)
 
 
 def test_full_recompute_keeps_the_inputs_of_the_layers() -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from orchestrator.calibrate import calibrated, compare, write_cluster
 from orchestrator.cli import cli
 from orchestrator.compose import compose, copy_presets
 from orchestrator.errors import LaunchError
-from orchestrator.plan import estimate, plan
+from orchestrator.memory import rank_bytes
+from orchestrator.plan import estimate, layout, plan
 from orchestrator.report import draw, over_nodes, page, schedule, write
 from orchestrator.run import Run
 from orchestrator.scaling import loss
+from orchestrator.schedule import batches
 
 SMALL = ["stages.pretrain.parallel.nodes=1", "stages.pretrain.steps=40000"]
 
@@ -103,11 +106,11 @@ def test_more_nodes_take_less_time() -> None:
     assert days == sorted(days, reverse=True)
 
 
-def trained(folder: Path, step_s: float, memory_gb: float) -> Run:
+def trained(folder: Path, step_s: float, memory_gb: float, overrides: Sequence[str] = ()) -> Run:
     """A run folder as a job leaves it: spec and metrics, the first steps slow."""
     from omegaconf import OmegaConf
 
-    e = compose("demo", ["stages.pretrain.steps=20"]).experiment
+    e = compose("demo", ["stages.pretrain.steps=20", *overrides]).experiment
     run = Run(folder=folder / e.name / "pretrain", experiment=e.name, stage="pretrain", index=1, key="k")
     run.folder.mkdir(parents=True)
     run.save()
@@ -143,8 +146,38 @@ def test_a_calibrated_cluster_plans_what_was_measured(tmp_path: Path) -> None:
     again = compose(str(tmp_path / "configs" / "demo.yaml"), ["cluster=measured"]).experiment
     e = estimate(again, "pretrain")
     assert e.step_s == pytest.approx(0.5, rel=1e-3)
-    assert e.memory_gb["total"] == pytest.approx(1.5, rel=1e-3)
+    assert again.cluster.memory_factor == 1  # of a CPU, a process's memory says nothing of what was handed out
     write_cluster(file, calibrated(again.cluster, compare(run)), run)
+
+
+GPU = ("cluster=a100-80g", "stages.pretrain.parallel.pipeline=2", "stages.pretrain.parallel.micro_batch=1")
+
+
+@pytest.mark.parametrize(("times", "factor"), [(1.2, 1.2), (1.0, 1.0), (0.5, 1.0)])
+def test_memory_is_held_against_what_rank_0_was_handed(tmp_path: Path, times: float, factor: float) -> None:
+    spec = compose("demo", GPU).experiment
+    stage = spec.stages["pretrain"]
+    _, data, micro_batches = layout(stage, spec.cluster)
+    parts = rank_bytes(spec.model, stage, 0, data, micro_batches)
+    handed = (sum(parts.values()) - parts["other"]) / 1e9  # the context is no allocator's; the first stage is rank 0's
+    run = trained(tmp_path, 0.5, times * handed, GPU)
+    (memory,) = (row for row in compare(run) if row.what == "memory")
+    assert memory.planned == pytest.approx(handed)
+    assert calibrated(spec.cluster, compare(run)).memory_factor == pytest.approx(factor, abs=1e-3)
+
+
+def test_only_steps_of_the_full_batch_are_compared(tmp_path: Path) -> None:
+    ramp = "stages.pretrain.schedule={warmup_tokens: 0, ramp_from: 8, ramp_step: 8, ramp_tokens: 5120}"
+    run = trained(tmp_path, 0.5, 1.5, (ramp,))
+    sizes = batches(run.spec().stages["pretrain"], run.spec().model.seq_len)
+    growing = sum(steps for size, steps in sizes.items() if size < 16)
+    assert 2 < growing < 8
+    file = run.folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines[:growing]:
+        line["perf/step_s"] = 0.1
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert next(row.measured for row in compare(run) if row.what == "step") == 0.5
 
 
 def test_a_run_of_two_steps_tells_nothing(tmp_path: Path) -> None:

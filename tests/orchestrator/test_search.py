@@ -51,6 +51,19 @@ def test_the_line_asks_for_what_was_found() -> None:
     assert estimate(again, "pretrain") == best.estimate
 
 
+def test_the_configs_own_layout_is_one_of_them() -> None:
+    model = ModelSpec(layers=48, hidden=7168, heads=56, vocab=51200)  # 30B: 60 GB of states on each of eight
+    small = replace(A100, gpus_per_node=8, gpu_memory_gb=40, node_memory_gb=1000)
+    e = replace(experiment(model, 64, nodes=1, zero=3, offload="optimizer", recompute="full"), cluster=small)
+    (best,) = search(e, "s", top=1)
+    assert best.parallel.offload == "optimizer"
+    assert best.overrides == ""
+    bare = experiment(model, 64, nodes=1, zero=3)
+    with pytest.raises(PlanError, match="no layout of engine `deepspeed` fits 8") as error:
+        search(replace(bare, cluster=small), "s")
+    assert "`offload`, which is not searched" in error.value.hint
+
+
 def test_nothing_is_missed() -> None:
     model = ModelSpec(layers=8, hidden=1024, heads=16, vocab=51200)
     small = replace(experiment(model, 64), cluster=replace(A100, gpu_memory_gb=12))

@@ -142,6 +142,13 @@ def test_a_preset_without_data_can_be_looked_at(composed, caplog):
     assert "source `common-crawl` has neither `text` nor `shards`; to train, set" in caplog.text
 
 
+@pytest.mark.parametrize(("keep", "said"), [(2, False), (10**9, True)])
+def test_checkpoints_that_the_disk_has_no_room_for(composed, caplog, keep, said):
+    with caplog.at_level("WARNING"):
+        dry(composed(f"stages.train.keep={keep}"))
+    assert ("checkpoints will take" in caplog.text) == said
+
+
 def test_a_runs_folder_that_cannot_be_written(composed):
     Path("runs").write_text("a file")
     with pytest.raises(LaunchError, match="cannot write to"):

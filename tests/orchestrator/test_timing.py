@@ -142,6 +142,33 @@ def test_zero_3_moves_half_as_much_again() -> None:
     assert data_s(3) == pytest.approx(moved, rel=0.1)  # less what hides beside the layers
 
 
+def test_zero_2_reduces_what_every_micro_batch_makes() -> None:
+    m, n = published.gpt(8, 1024, 16), 5
+    flat = replace(A100, link=1e9, network=1e9, per_node=64)
+
+    def data_s(zero: int, software: Software) -> float:
+        stage = StageSpec(kind="pretrain", parallel=ParallelPlan(zero=zero))  # type: ignore[arg-type]
+        return step(m, stage, flat, 64, n, software).data_s
+
+    volume = 2 * rank_params(m, ParallelPlan()) * 63 / 64 / 1e9  # of gradients, or of weights
+    assert data_s(1, Software()) == pytest.approx(2 * volume)
+    assert data_s(2, Software()) == pytest.approx((n + 1) * volume)
+    assert data_s(2, Software(gathers_each=True)) == pytest.approx(2 * n * volume)  # FSDP2's weights are let go, too
+    assert data_s(2, Software(reduces_each=False)) == pytest.approx(2 * volume)
+
+
+@pytest.mark.parametrize(("tensor", "data", "rate"), [(4, 2, "link"), (4, 4, "network"), (8, 2, "network")])
+def test_the_pipeline_is_outermost(tensor: int, data: int, rate: str) -> None:
+    """Data ranks lie beside each other where they fit into a node, however many stages there are."""
+    m, slow = published.gpt(64, 8192, 64), replace(A100, link=2e9, network=1e9)
+    stage = StageSpec(kind="pretrain", parallel=ParallelPlan(tensor=tensor, pipeline=8, zero=1))
+    ports = 1 if rate == "link" else min(data, 8 // tensor)
+    moved = 4 * rank_params(m, stage.parallel) * (data - 1) / data
+    tied = 2 * m.vocab * m.hidden / tensor * 2 / slow.network / 2
+    found = step(m, stage, slow, data, 8, Software()).data_s
+    assert found == pytest.approx(tied + moved / min(slow.link, getattr(slow, rate) * ports))
+
+
 def test_parts_add_up() -> None:
     stage = StageSpec(kind="pretrain", parallel=ParallelPlan(tensor=4, pipeline=2, recompute="full", zero=1))
     s = step(published.gpt(16, 2048, 16), stage, A100, 4, 8, Software())
