@@ -3,8 +3,9 @@
     python benchmarks/study.py [--seeds 1 2 3] [--folder FOLDER] [--json]
     python benchmarks/study.py --of runs/chatgpt-demo        # what one run of the chain has learned
 
-Every number is of held-out files, which no stage has seen. The last judge, `quality`, is a rule that nothing was
-trained on: PPO learns from the reward model, and the rule says whether that was worth anything.
+Every number is of held-out functions: no stage has seen their files, nor their prompts in any other. The last judge,
+`quality`, is a rule that nothing was trained on: PPO learns from the reward model, and the rule says whether that was
+worth anything.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
     lines = []
     names = list(next(iter(found.values())))
     several = ["worst", "mean", "std"] if len(found) > 1 else []
-    lines.append(f"{'held-out files':44}" + "".join(f"{head:>10}" for head in [*found, *several, "gate"]))
+    lines.append(f"{'held-out functions':44}" + "".join(f"{head:>10}" for head in [*found, *several, "gate"]))
     for name in names:
         row = [of[name] for of in found.values()]
         cells = [f"{value:.3f}" for value in row]

@@ -14,8 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from jobs.data.chat import Chat, require_rows
 from jobs.data.examples import digests
 from jobs.runtime import beat, faults, slurm
+from jobs.runtime.hf import tokenizer_of
 from jobs.runtime.job import Job, Ranks
 from orchestrator import registry, track
 from orchestrator.run import Attempt, Run
@@ -64,9 +66,7 @@ def main(folder: str) -> None:
             beat=signs,
         )
         job.mark("start" if module.PER_GPU else "work")
-        if ranks.rank == 0 and hasattr(job.options, "examples"):
-            record.read = digests(experiment.data, job.options.examples)
-        job.note()
+        job.note(read=_read(job))
         if ranks.rank == 0 and not signs:  # else the warden has started it
             forwarder = track.start_forwarder(run)
         log.info("%s, attempt %s, rank %d of %d", run.name, attempt, ranks.rank, ranks.world)
@@ -93,6 +93,15 @@ def main(folder: str) -> None:
 
         dist.close()
     job.rendezvous.unlink(missing_ok=True)
+
+
+def _read(job: Job) -> dict[str, str]:
+    """The examples of a stage that tunes, with SHA-256, on rank 0. Raises DataError where the model lacks tokens."""
+    if not hasattr(job.options, "examples"):
+        return {}
+    data = job.experiment.data
+    require_rows(Chat.open(data).tokenizer, tokenizer_of(data), job.experiment.model.vocab)
+    return digests(data, job.options.examples) if job.ranks.rank == 0 else {}
 
 
 def _log_to(path: Path) -> None:

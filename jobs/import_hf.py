@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job import Job
 from orchestrator.errors import CheckpointError
-from orchestrator.run import read_json
+from orchestrator.run import file_sha256, read_json
 from orchestrator.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -38,12 +38,13 @@ class Options:
 
 def run(job: Job) -> dict[str, float]:
     """Check and convert. Raises ConfigError, DataError or CheckpointError for another model or tokenizer."""
-    from jobs.data.chat import Chat
+    from jobs.data.chat import Chat, require_rows
     from jobs.runtime import checkpoint, hf, whole
 
     began, folder, data, spec = time.time(), Path(job.options.folder), job.experiment.data, job.experiment.model
     hf.check_config(folder, spec)
     chat = Chat.open(data)
+    require_rows(chat.tokenizer, hf.tokenizer_of(data), spec.vocab)
     same = hf.same_tokenizer(folder / hf.TOKENIZER, hf.tokenizer_of(data))
     log.info("the tokenizer of `%s` is that of the data: the same %s", folder, same)
     target = checkpoint.folder_of(job.run.checkpoints, 0)
@@ -64,6 +65,7 @@ def run(job: Job) -> dict[str, float]:
         "time": time.time(),
     }
     whole.commit(target, files, state)
+    job.note(read={str(file): file_sha256(file) for file in sources(folder)})
     log.info("%d parameters of `%s` are in `%s`", spec.params, folder, target)
     return {"import/params": spec.params, "import/s": time.time() - began}
 
@@ -109,6 +111,14 @@ class Weights:
         if array.shape != p.shape:
             raise CheckpointError(f"`{self.folder}`: `{key}` has shape {array.shape}, and `{name}` has {p.shape}")
         return array
+
+
+def sources(folder: Path) -> list[Path]:
+    """What is read of ``folder``: the config, the index where there is one, the weights."""
+    from jobs.runtime import hf
+
+    index = [hf.INDEX] if (folder / hf.INDEX).exists() else []
+    return [folder / name for name in [hf.CONFIG, *index, *files_of(folder)]]
 
 
 def files_of(folder: Path) -> list[str]:

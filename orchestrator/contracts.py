@@ -13,22 +13,29 @@ from typing import Any
 
 from orchestrator.checks import Problem
 from orchestrator.errors import DataError
+from orchestrator.inputs import IMPORT
 from orchestrator.registry import did_you_mean, find
 from orchestrator.run import SHORT, file_sha256, read_json
 from orchestrator.spec import Experiment
 
 RULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of options, whichever kind has them
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of options, whichever kind has them; all are finite
     "at least 1": (lambda x: x >= 1, "max_tokens minibatches inner_epochs rollout_batch kl_horizon patience workers"),
     "at least 2": (lambda x: x >= 2, "responses"),
     "more than 0": (
-        lambda x: 0 < x < math.inf,
-        "temperature top_p clip value_clip clip_reward epochs beta kl_target value_lr ptx_ratio tokenizer_mb",
+        lambda x: x > 0,
+        "temperature top_p clip value_clip clip_reward epochs beta kl_target value_lr ptx_ratio tokenizer_mb max_kl "
+        "max_logp_gap",
     ),
-    "at least 0": (lambda x: 0 <= x < math.inf, "ptx_coef kl_coef top_k no_end_penalty samples damaged margin"),
+    "at least 0": (
+        lambda x: x >= 0,
+        "ptx_coef kl_coef top_k no_end_penalty samples damaged margin min_entropy min_length",
+    ),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma lam top_p min_reward_accuracy"),
     "from 0 up to but not 1": (lambda x: 0 <= x < 1, "ema"),
 }
+STEERED = 5  # 1 / 0.2, within which arXiv:1909.08593, section 2.2, keeps the error that steers `kl_coef`
+EVALUATIONS = 20  # of a stage, as configs/recipe/instructgpt.yaml has them
 REWARD = "reward"  # the kind that leaves a reward model, and `reward.json` beside it
 WITHOUT_WEIGHTS = ("prepare", "compare")  # kinds that leave no checkpoint
 
@@ -41,7 +48,8 @@ def check(experiment: Experiment, name: str, root: Path | None) -> list[Problem]
     if hasattr(options, "examples"):
         found += _examples(experiment, name, options.examples)
         found += _templates(experiment)
-        found += _end_token(experiment)
+    if hasattr(options, "examples") or stage.kind == IMPORT:
+        found += _tokens(experiment)
     if hasattr(options, "max_tokens"):
         found += _room(experiment, name, options.max_tokens)
     if stage.kind in ("ppo", "dpo"):
@@ -53,6 +61,8 @@ def check(experiment: Experiment, name: str, root: Path | None) -> list[Problem]
     if stage.kind == "ppo":
         found += _text(experiment, name, options)
         found += _rewards(experiment, name, options)
+        found += _penalty(experiment, name, options)
+        found += _unwatched(experiment, name)
     judge = getattr(options, "reward", None)
     for source in dict.fromkeys(filter(None, [stage.init_from, judge])):
         if root and source in experiment.stages:
@@ -94,34 +104,40 @@ def _templates(experiment: Experiment) -> Iterator[Problem]:
             )
 
 
-def _end_token(experiment: Experiment) -> Iterator[Problem]:
-    """A template whose end token the tokenizer does not have, or the model has no row for."""
+def _tokens(experiment: Experiment) -> Iterator[Problem]:
+    """A tokenizer without the template's end token, or with tokens that the model has no row for."""
     from jobs.data import bpe
+    from jobs.data.chat import require_rows
 
     file, end = _tokenizer(experiment), experiment.data.chat.end
     if not file.is_file():  # it is still to be trained
         return
     try:
-        number = bpe.load(file).token_to_id(end)
+        tokenizer = bpe.load(file)
+        require_rows(tokenizer, file, experiment.model.vocab)
     except DataError as e:
         yield Problem(message=str(e), hint=e.hint)
         return
-    if number is None:
+    if tokenizer.token_to_id(end) is None:
         yield Problem(message=f"`data.chat.end`: `{file}` has no token `{end}`", hint="name the token that ends a text")
-    elif number >= experiment.model.vocab:
-        yield Problem(
-            message=f"`data.chat.end` is token {number} of `{file}`, and `model.vocab` is {experiment.model.vocab}",
-            hint=f"`model.vocab` may be {number + 1} and more",
-        )
 
 
 def _ranges(name: str, options: Any) -> Iterator[Problem]:
-    """Numbers that no stage can have."""
+    """Numbers that no stage can have. What is not finite would be within every bound."""
+    numbers = dict(_numbers(options))
+    for key in [key for key, x in numbers.items() if not math.isfinite(x)]:
+        yield Problem(message=f"`stages.{name}.options.{key}` is {numbers.pop(key):g}, and must be finite")
     for words, (holds, keys) in RANGES.items():
         for key in keys.split():
-            x = getattr(options, key, None)
-            if x is not None and not holds(x):
-                yield Problem(message=f"`stages.{name}.options.{key}` is {x:g}, and must be {words}")
+            if key in numbers and not holds(numbers[key]):
+                yield Problem(message=f"`stages.{name}.options.{key}` is {numbers[key]:g}, and must be {words}")
+
+
+def _numbers(options: Any) -> Iterator[tuple[str, float]]:
+    """Every number among ``options`` with its key, the coefficients of rules too."""
+    for key, value in vars(options).items():
+        inside = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        yield from ((k, v) for k, v in inside.items() if isinstance(v, int | float))
 
 
 def _room(experiment: Experiment, name: str, max_tokens: int) -> Iterator[Problem]:
@@ -221,6 +237,35 @@ def _rewards(experiment: Experiment, name: str, options: Any) -> Iterator[Proble
         yield Problem(
             message=f"`{where}` learns from `{options.reward}`, and does not wait for it",
             hint=f"`{where}.after=[{', '.join([*stages[name].after, options.reward])}]`",
+        )
+
+
+def _penalty(experiment: Experiment, name: str, options: Any) -> Iterator[Problem]:
+    """A coefficient that cannot be steered: each step multiplies it by 1 plus at most 0.2 `global_batch` / horizon."""
+    where, batch = f"stages.{name}.options", experiment.stages[name].global_batch
+    if options.kl_target is None:
+        return
+    if options.kl_coef == 0:
+        yield Problem(
+            message=f"`{where}.kl_coef` is 0, and `kl_target` {options.kl_target:g} multiplies it: it stays 0",
+            hint=f"`{where}.kl_coef=0.02`, or `{where}.kl_target=null`",
+        )
+    if batch >= STEERED * options.kl_horizon >= STEERED:
+        yield Problem(
+            message=f"`{where}.kl_horizon` is {options.kl_horizon}, and a step of `global_batch` {batch} would take "
+            f"{batch / STEERED / options.kl_horizon:.0%} off `kl_coef`: none would be left",
+            hint=f"`{where}.kl_horizon` may be {batch // STEERED + 1} and more; 10000 is usual",
+        )
+
+
+def _unwatched(experiment: Experiment, name: str) -> Iterator[Problem]:
+    """A policy that nobody looks at: the gate against a hacked reward is at the evaluations, and so are samples."""
+    stage = experiment.stages[name]
+    if not stage.eval_every and stage.steps:
+        yield Problem(
+            message=f"`stages.{name}.eval_every` is 0: in {stage.steps} steps nothing would tell that the reward is "
+            "hacked, and no samples would be kept",
+            hint=f"such as `stages.{name}.eval_every={max(1, stage.steps // EVALUATIONS)}`",
         )
 
 

@@ -1,7 +1,8 @@
 """What a run was made of: from the corpus to its checkpoint, with the hash of all that lies between.
 
 Read from the run folders and the data folder alone; MLflow is not asked. What a stage read and loaded is what its job
-noted when it started (``attempts/``), not what lies there now. Where that is something else, the tree says so.
+noted when it started (``attempts/``), and what it was made from is what its own spec says, not what lies there or is
+asked for now. Where files have changed, the tree says so.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from orchestrator.run import SHORT, Checkpoint, Run, State, file_sha256, read_json
-from orchestrator.spec import DataSpec, Experiment, in_order, waits_for
+from orchestrator.spec import DataSpec, Experiment, waits_for
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -37,7 +38,7 @@ class Link:
     state: str  # `missing` where there is no run
     mlflow_run_id: str
     made_from: list[str]  # the stages it waits for
-    read: dict[str, str]  # files of examples, with their SHA-256
+    read: dict[str, str]  # files of examples, or of the model that was imported, with their SHA-256
     loaded: dict[str, Checkpoint]  # by stage
     saved: Saved | None
     measured: dict[str, float]  # on held-out data, last
@@ -58,20 +59,38 @@ class Lineage:
 
 def of(runs: Sequence[Run], state: Callable[[Run], State]) -> Lineage:
     """Where ``runs``, of one experiment, come from; ``state`` says how a run stands."""
-    root, experiment = runs[-1].root, runs[-1].spec()
-    order, wanted = in_order(experiment), {run.stage for run in runs}
-    for name in reversed(order):
-        wanted |= {*waits_for(experiment, name)} if name in wanted else set()
+    root, newest = runs[-1].root, runs[-1].spec()
+    specs: dict[str, Experiment] = {}  # each stage's own
+    ordered: list[str] = []
+
+    def visit(stage: str, named_by: Experiment) -> None:
+        if stage in specs:
+            return
+        run = _run(root, newest.name, stage)
+        own = specs[stage] = run.spec() if run.key else named_by
+        for other in waits_for(own, stage):
+            visit(other, own)
+        ordered.append(stage)
+
+    for run in runs:
+        visit(run.stage, newest)
     now = cache(_now)  # several stages may have read the same file
-    links = {name: _link(root, experiment, name, state, now) for name in order if name in wanted}
-    return Lineage(corpus=_corpus(experiment), stages=links)
+    links = {stage: _link(_run(root, newest.name, stage), specs[stage], state, now) for stage in ordered}
+    return Lineage(corpus=_corpus(newest), stages=links)
 
 
 def noted(run: Run) -> tuple[dict[str, str], dict[str, Checkpoint]]:
-    """The examples that the attempts of ``run`` read and the checkpoints of other stages that they loaded, newest."""
+    """What the attempts of ``run`` read and the checkpoints of other stages that they loaded, newest.
+
+    Only of attempts that had a part in what is saved: they were let begin, or, where nothing is trained, ended well.
+    """
     read: dict[str, str] = {}
     loaded: dict[str, Checkpoint] = {}
     for attempt in run.attempts():
+        if not ("checkpoint" in attempt.phases or attempt.cause == "done"):
+            continue
+        if not attempt.from_step:
+            read, loaded = {}, {}  # it began anew
         read |= attempt.read
         loaded |= attempt.loaded
     return read, loaded
@@ -101,22 +120,23 @@ def measured(run: Run) -> dict[str, float]:
     return last
 
 
-def _link(
-    root: Path, experiment: Experiment, stage: str, state: Callable[[Run], State], now: Callable[[Path], str]
-) -> Link:
-    folder, kind = root / experiment.name / stage, experiment.stages[stage].kind
-    if not (folder / "run.json").exists():
-        run = Run(folder=folder, experiment=experiment.name, stage=stage, index=0, key="")
-    else:
-        run = Run.load(folder)
+def _run(root: Path, experiment: str, stage: str) -> Run:
+    """The run of ``stage``, or one without a key that stands for it."""
+    folder = root / experiment / stage
+    if (folder / "run.json").exists():
+        return Run.load(folder)
+    return Run(folder=folder, experiment=experiment, stage=stage, index=0, key="")
+
+
+def _link(run: Run, experiment: Experiment, state: Callable[[Run], State], now: Callable[[Path], str]) -> Link:
     read, loaded = noted(run)
     here = saved(run)
     return Link(
         run=run.name,
-        kind=kind,
+        kind=experiment.stages[run.stage].kind,
         state=state(run) if run.key else "missing",
-        mlflow_run_id=read_json(folder / "tracking.json", {}).get("run_id", ""),
-        made_from=waits_for(experiment, stage),
+        mlflow_run_id=read_json(run.folder / "tracking.json", {}).get("run_id", ""),
+        made_from=waits_for(experiment, run.stage),
         read=read,
         loaded=loaded,
         saved=here,
@@ -204,7 +224,9 @@ def _lines(link: Link) -> Iterator[str]:
     for file, digest in link.read.items():
         yield f"read {escape(file)} {_hash(digest)}"
     if link.saved:
-        yield f"checkpoint at step {link.saved['step']} {_hash(link.saved['manifest_sha256'])}"
+        tokenizer = link.saved["tokenizer_sha256"]
+        said = f", tokenizer {_hash(tokenizer)}" if tokenizer else ""
+        yield f"checkpoint at step {link.saved['step']} {_hash(link.saved['manifest_sha256'])}{said}"
     if link.measured:
         yield ", ".join(f"{key.removeprefix('val/')} {value:.4g}" for key, value in link.measured.items()) + " held out"
     for what in link.changed:

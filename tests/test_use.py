@@ -1,9 +1,11 @@
 """A model of transformers enters, is tuned, talks, and leaves again; at each border its logits are the same."""
 
+import hashlib
 import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,15 +18,17 @@ import transformers
 from click.testing import CliRunner
 from clock import slowness
 from safetensors.torch import load_file
-from tracked import make_chain
+from tracked import make_chain, start
 
 from jobs import import_hf
 from jobs.data import bpe
 from jobs.data.chat import Chat
 from jobs.data.functions import functions
 from jobs.runtime import checkpoint, hf
+from jobs.runtime.job import Job, Ranks
 from jobs.runtime.serve import Stream, load
 from orchestrator.cli import cli
+from orchestrator.compose import compose
 from orchestrator.errors import CheckpointError, ConfigError, DataError, OrchError
 from orchestrator.export import export
 from orchestrator.run import Run
@@ -349,6 +353,47 @@ def test_another_tokenizer_is_refused_and_the_same_in_other_words_is_not(place, 
     bpe.train(["other words"], vocab=300, end_of_text=END).save(str(tmp_path / "t.json"))
     with pytest.raises(DataError, match=r"400 tokens there, \d+ here"):
         hf.same_tokenizer(theirs, tmp_path / "t.json")
+
+
+def importing(place, root, folder):
+    """The job of `base`, to import ``folder``."""
+    spec = compose(place / "base.yaml", ()).experiment
+    data = replace(spec.data, tokenizer=str(folder / "tokenizer.json"))
+    run = Run(folder=root / "t" / "base", experiment="t", stage="base", index=1, key="k")
+    (run.folder / "attempts").mkdir(parents=True)
+    return Job(
+        run=run,
+        experiment=replace(spec, data=data),
+        stage=spec.stages["base"],
+        options=import_hf.Options(folder=str(folder)),
+        ranks=Ranks(),
+        attempt="1",
+        record=start(run),
+    )
+
+
+def test_what_was_imported_is_noted_file_by_file(place, tmp_path):
+    theirs = tmp_path / "theirs"
+    gpt2().save_pretrained(theirs, max_shard_size="20KB")
+    shutil.copy(place / "gpt2" / "tokenizer.json", theirs)
+    job = importing(place, tmp_path, theirs)
+    import_hf.run(job)
+    (attempt,) = job.run.attempts()
+    files = [theirs / "config.json", theirs / hf.INDEX, *sorted(theirs.glob("model-*.safetensors"))]
+    assert len(files) > 3
+    assert attempt.read == {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_not_imported(place, tmp_path):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(place / "gpt2", theirs)
+    tokenizer = bpe.load(theirs / "tokenizer.json")
+    tokenizer.add_special_tokens(["<|user|>"])
+    tokenizer.save(str(theirs / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"has 401 tokens, and `model\.vocab` is 400") as refused:
+        import_hf.run(importing(place, tmp_path, theirs))
+    assert "resize_token_embeddings(401)" in refused.value.hint
+    assert not (tmp_path / "t" / "base" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("how", ["sharded", "bf16", "untied", "without prefix"])

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.bpe import file_sha256, load
+from jobs.data.bpe import file_sha256, load, vocab_size
 from jobs.data.packed import read_dataset
 from orchestrator.errors import DataError
 from orchestrator.registry import did_you_mean
@@ -117,6 +117,16 @@ class Chat:
         if role not in templates:
             raise DataError(f"no role `{role}` in a conversation", hint=did_you_mean(role, [*templates]))
         return templates[role]
+
+
+def require_rows(tokenizer: Tokenizer, file: Path, vocab: int) -> None:
+    """Raise DataError where ``tokenizer``, of ``file``, has more tokens than a model of ``vocab`` has rows for."""
+    if (found := vocab_size(tokenizer)) > vocab:
+        raise DataError(
+            f"tokenizer `{file}` has {found:,} tokens, and `model.vocab` is {vocab:,}: the others have no row",
+            hint=f"`model.vocab` may be {found} and more; `resize_token_embeddings({found})` of transformers gives its "
+            "models the rows",
+        )
 
 
 def turns_of(prompt: Any) -> list[dict[str, str]]:

@@ -1,7 +1,8 @@
 """Functions of Python's standard library as examples: real text that every machine has, with a rule to judge it.
 
 A prompt is a function's signature and the first line of its docstring, the response its body. A file is
-either for training or held out, by the hash of its path, so that no stage sees what another is judged on.
+either for training or held out, by the hash of its path, so that no stage sees what another is judged on. The
+library repeats itself from file to file, so of held-out files no function counts whose prompt a file for training has.
 Bodies are written anew from their syntax tree: layout and comments are not what is learned here.
 """
 
@@ -12,12 +13,13 @@ import builtins
 import hashlib
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-NOT_CODE = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+NOT_TEXT = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
+NOT_CODE = NOT_TEXT | {"lib2to3", "encodings"}  # nor examples, though text to learn from
 HELD_OUT = 10  # one file in so many
 LINES = 30  # of the longest function
 DOC_CHARS = 60  # of a docstring's first line
@@ -27,17 +29,36 @@ NAMES = frozenset(dir(builtins))
 Split = Literal["train", "val"]
 
 
-@cache
 def functions(split: Split) -> list[dict[str, str]]:
-    """``prompt``, ``response`` and ``path`` of every function of ``split``, each pair once, in order of files."""
+    """``prompt``, ``response`` and ``path`` of every function of ``split``, each pair once, in order of files.
+
+    What is held out has no prompt that text or examples to train on have, whatever the body.
+    """
+    return _library()[split]
+
+
+@cache
+def _library() -> dict[Split, list[dict[str, str]]]:
+    """Both splits, of one reading."""
     root = Path(sysconfig.get_path("stdlib"))
-    found: dict[tuple[str, str], str] = {}
+    found: dict[Split, dict[tuple[str, str], str]] = {"train": {}, "val": {}}
+    seen: set[str] = set()
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root)
-        if NOT_CODE.isdisjoint(path.parts) and split_of(path) == split:
-            for prompt, response in _pairs(file):
-                found.setdefault((prompt, response), path.as_posix())
-    return [{"prompt": p, "response": r, "path": path} for (p, r), path in found.items()]
+        if not NOT_TEXT.isdisjoint(path.parts):
+            continue
+        split, is_code = split_of(path), NOT_CODE.isdisjoint(path.parts)
+        for node in _defined(file):
+            prompt = _prompt(node)
+            if split == "train":
+                seen.add(prompt)
+            if is_code and (response := _response(node)):
+                found[split].setdefault((prompt, response), path.as_posix())
+    found["val"] = {pair: path for pair, path in found["val"].items() if pair[0] not in seen}
+    return {
+        split: [{"prompt": p, "response": r, "path": path} for (p, r), path in pairs.items()]
+        for split, pairs in found.items()
+    }
 
 
 def split_of(path: Path) -> Split:
@@ -80,28 +101,28 @@ def parameters(prompt: str) -> list[str]:
     return _parameters(function) if function else []
 
 
-def _pairs(file: Path) -> Iterator[tuple[str, str]]:
-    """Prompt and response of the functions in ``file`` that have a body worth learning."""
+def _defined(file: Path) -> list[ast.FunctionDef]:
+    """Every function that ``file`` defines, at whatever depth; none where it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef) or node.decorator_list:
-            continue
-        if (node.end_lineno or node.lineno) - node.lineno >= LINES:
-            continue
-        doc = ast.get_docstring(node)
-        body = node.body[1:] if doc is not None else node.body
-        if body and not all(isinstance(s, ast.Pass) for s in body):
-            yield _prompt(node, doc), "\n".join(_indented(s) for s in body)
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
-def _prompt(node: ast.FunctionDef, doc: str | None) -> str:
+def _response(node: ast.FunctionDef) -> str:
+    """The body, where it is worth learning; else nothing."""
+    if node.decorator_list or (node.end_lineno or node.lineno) - node.lineno >= LINES:
+        return ""
+    body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+    return "" if all(isinstance(s, ast.Pass) for s in body) else "\n".join(_indented(s) for s in body)
+
+
+def _prompt(node: ast.FunctionDef) -> str:
     head = ast.unparse(ast.FunctionDef(node.name, node.args, [ast.Pass()], [], node.returns, lineno=0, col_offset=0))
-    first = (doc or "").strip().partition("\n")[0].replace("\\", "").replace('"', "'")[:DOC_CHARS]
+    first = (ast.get_docstring(node) or "").strip().partition("\n")[0].replace("\\", "").replace('"', "'")[:DOC_CHARS]
     return head.rpartition("\n")[0] + "\n" + (f'    """{first}"""\n' if first else "")
 
 

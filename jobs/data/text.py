@@ -29,7 +29,7 @@ from orchestrator.spec import SourceSpec
 PART = 2 << 20  # bytes
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl")
 BUILTIN = ["builtin:python", "builtin:python-train", "builtin:functions"]
-NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
+NOT_TEXT = functions.NOT_TEXT | {"__pycache__"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,11 @@ def _model(job: Job) -> dict[str, Any]:
     return model
 
 
+def _template(job: Job) -> dict[str, str] | None:
+    """The template of a stage that learns conversations; the others know none."""
+    return asdict(job.experiment.data.chat) if hasattr(job.options, "examples") else None
+
+
 def layout(job: Job) -> dict[str, Any]:
     """How a checkpoint came about. Where it is the same, a run goes on bit for bit."""
     return layout_of(job.stage, job.ranks.world)
@@ -83,6 +88,7 @@ def save(job: Job, parts: Parts, data: Samples, at: Position, probe: Probe, more
 
     state = {
         "identity": identity(job, data),
+        "chat": _template(job),
         "layout": layout(job),
         "position": asdict(at),
         "probe": {"data": probe.data, "loss": probe.measure()},
@@ -135,7 +141,8 @@ def load_weights(job: Job, part: Part, stage: str, tokenizer: str, probe: Probe 
         probe: what they must compute here as they did there; None: it is not looked at.
 
     Raises:
-        CheckpointError: there are none, they are of another model or tokenizer, or they compute something else here.
+        CheckpointError: there are none, they are of another model, tokenizer or chat template, or they compute
+            something else here.
     """
     other = job.run.root / job.run.experiment / stage / "checkpoints"
     found = checkpoint.newest(other, ranks=job.ranks)
@@ -144,6 +151,8 @@ def load_weights(job: Job, part: Part, stage: str, tokenizer: str, probe: Probe 
     folder, state = found
     mine = {"model": _model(job), "tokenizer": tokenizer}
     checkpoint.check_identity(folder, state["identity"], mine, free=("data",))
+    if (there := state.get("chat")) and (here := _template(job)):
+        checkpoint.check_identity(folder, {"data.chat": there}, {"data.chat": here})
     pieces.load(folder, part, weights_only=True)
     job.has_loaded(stage, folder)
     if probe and state["layout"] != layout(job):

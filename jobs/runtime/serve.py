@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.chat import Chat, as_text, turns_of
-from jobs.runtime.hf import identified
+from jobs.data.chat import Chat, as_text, require_rows, turns_of
+from jobs.runtime.hf import identified, tokenizer_of
 from jobs.runtime.pieces import Piece, Store
 from orchestrator.errors import DataError, OrchError
 from orchestrator.run import Run
@@ -49,23 +50,26 @@ def main(run_folder: str, folder: str) -> None:
         model, chat = load(run, Path(folder))
         raw = run.spec().stages[run.stage].kind in RAW
         say(ready=f"`{folder}`", raw=raw)
-    except (OrchError, RuntimeError, MemoryError) as e:
+    except Exception as e:  # noqa: BLE001 - whoever waits is told
         say(**refusal(e))
         return
     for line in sys.stdin:
         try:
             answer(model, chat, json.loads(line), say, raw=raw)
             say(done=True)
-        except (OrchError, RuntimeError, MemoryError) as e:
+        except Exception as e:  # noqa: BLE001 - whoever asked is told, and may ask for something else
             say(**refusal(e))
 
 
 def refusal(error: Exception) -> dict[str, str]:
-    """What is said of ``error``; a GPU without room raises a RuntimeError."""
+    """What is said of ``error``; a GPU without room raises a RuntimeError. Of a defect stderr has the traceback."""
     if isinstance(error, OrchError):
         return {"error": str(error), "hint": error.hint}
     said = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return {"error": said, "hint": "for want of memory? ask for fewer samples or tokens, or where there is more"}
+    if isinstance(error, RuntimeError | MemoryError):
+        return {"error": said, "hint": "for want of memory? ask for fewer samples or tokens, or where there is more"}
+    traceback.print_exception(error)
+    return {"error": said, "hint": "this is a defect, please report it: the traceback stands above"}
 
 
 def load(run: Run, folder: Path) -> tuple[GPT, Chat]:
@@ -73,7 +77,7 @@ def load(run: Run, folder: Path) -> tuple[GPT, Chat]:
 
     Raises:
         CheckpointError: it is of another model or tokenizer, or has no weights for some parameter.
-        DataError: the tokenizer is gone.
+        DataError: the tokenizer is gone, or has tokens that the model does not know.
     """
     import torch
 
@@ -81,6 +85,7 @@ def load(run: Run, folder: Path) -> tuple[GPT, Chat]:
 
     experiment = run.spec()
     chat = identified(folder, experiment)
+    require_rows(chat.tokenizer, tokenizer_of(experiment.data), experiment.model.vocab)
     with torch.device("meta"):
         model = GPT(experiment.model)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
+from jobs.__main__ import _read
 from jobs.data import bpe
 from jobs.runtime import checkpoint
+from jobs.runtime.job import Ranks
 from orchestrator import inputs
 from orchestrator.checks import Problem
 from orchestrator.compose import compose
@@ -37,6 +40,7 @@ stages:
     init_from: sft
     after: [reward]
     steps: 9
+    eval_every: 3
     precision: fp32
     global_batch: 16
     parallel: {micro_batch: 2}
@@ -85,6 +89,17 @@ def test_a_chain_that_fits_has_no_problems(config):
         ("options.rules={a:good: 1, b:good: 0}", "several functions of one name: good, good", "give each its own"),
         ("options.examples=promts", "no examples `promts` in `data.examples`", "did you mean `prompts`?"),
         ("options.ptx_coef=1 options.temperature=0.7", "is 1 at `temperature` 0.7", "options.temperature=1`, or"),
+        ("options.max_kl=.nan", "`stages.ppo.options.max_kl` is nan, and must be finite", ""),
+        ("options.max_logp_gap=.inf", "`stages.ppo.options.max_logp_gap` is inf, and must be finite", ""),
+        ("options.min_entropy=.nan", "`stages.ppo.options.min_entropy` is nan, and must be finite", ""),
+        ("options.min_length=-1", "`stages.ppo.options.min_length` is -1, and must be at least 0", ""),
+        ("options.reward_coef=-.inf", "`stages.ppo.options.reward_coef` is -inf, and must be finite", ""),
+        ("options.lam=.nan", "`stages.ppo.options.lam` is nan, and must be finite", ""),
+        ("options.rules={a:good: .nan}", "`stages.ppo.options.rules.a:good` is nan, and must be finite", ""),
+        ("options.kl_target=6 options.kl_horizon=3", "of `global_batch` 16 would take 107% off", "may be 4 and more"),
+        ("options.kl_target=6 options.kl_horizon=0", "options.kl_horizon` is 0, and must be at least 1", ""),
+        ("options.kl_target=6 options.kl_coef=0", "`kl_target` 6 multiplies it: it stays 0", "kl_target=null`"),
+        ("eval_every=0", "in 9 steps nothing would tell that the reward is hacked", "`stages.ppo.eval_every=1`"),
         ("options.samples=-1", "`stages.ppo.options.samples` is -1, and must be at least 0", ""),
         ("init_from=prepare", "`prepare` is of kind `prepare`, which leaves no weights", "after=[prepare]`"),
     ],
@@ -255,8 +270,37 @@ def test_a_reward_model_that_is_too_often_wrong_is_refused(config, tmp_path):
 def test_the_end_token_must_be_one_that_the_model_can_say(config, tokenizer):
     (problem,) = problems(config, "data.chat.end=<|im_end|>")
     assert "has no token `<|im_end|>`" in problem.message
-    made = bpe.load(config.parent / "data" / "tokenizer.json")
-    experiment = compose(config, ["model.vocab=200"]).experiment
-    last = replace(experiment.data, chat=ChatSpec(end=made.id_to_token(210)))
-    (problem,) = check(replace(experiment, data=last), "ppo", None)
-    assert "is token 210 of" in problem.message and "`model.vocab` may be 211 and more" in problem.hint
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "base"])
+def test_a_model_must_have_a_row_for_every_token(config, tokenizer, stage):
+    file = config.parent / "data" / "tokenizer.json"
+    more = bpe.load(file)
+    size = bpe.vocab_size(more)
+    more.add_special_tokens(["<|user|>"])
+    more.save(str(file))
+    words = ["stages.base={kind: import_hf, options: {folder: gpt2}}"]
+    (problem,) = check(compose(config, [*words, f"model.vocab={size}"]).experiment, stage, None)
+    assert f"`data/tokenizer.json` has {size + 1} tokens, and `model.vocab` is {size}" in problem.message
+    assert f"`model.vocab` may be {size + 1} and more" in problem.hint
+    assert not check(compose(config, [*words, f"model.vocab={size + 1}"]).experiment, stage, None)
+
+
+def test_a_job_holds_its_tokenizer_against_its_model_once_more(config, tokenizer):
+    words = ["data.tokenizer=data/tokenizer.json", "data.examples.demonstrations.val=[asked.jsonl]"]
+    experiment = compose(config, words).experiment
+    size = bpe.vocab_size(bpe.load(config.parent / "data" / "tokenizer.json"))
+    short = replace(experiment, model=replace(experiment.model, vocab=size - 1))
+    options = SimpleNamespace(examples="demonstrations")
+    with pytest.raises(DataError, match=f"has {size} tokens, and `model.vocab` is {size - 1}"):
+        _read(SimpleNamespace(experiment=short, options=options, ranks=Ranks()))
+    read = _read(SimpleNamespace(experiment=experiment, options=options, ranks=Ranks()))
+    assert read == {"asked.jsonl": bpe.file_sha256(Path("asked.jsonl"))}
+    assert _read(SimpleNamespace(experiment=short, options=SimpleNamespace(), ranks=Ranks())) == {}
+
+
+def test_a_coefficient_is_steered_where_it_stays_above_0(config):
+    """Ziegler et al. (arXiv:1909.08593, section 2.2): a step leaves 1 - 0.2 n / horizon of it, or more."""
+    words = ["stages.ppo.options.kl_target=6", "stages.ppo.global_batch=20"]
+    refused = {horizon: problems(config, *words, f"stages.ppo.options.kl_horizon={horizon}") for horizon in (3, 4, 5)}
+    assert {horizon: bool(found) for horizon, found in refused.items()} == {3: True, 4: True, 5: False}

@@ -4,10 +4,12 @@ import hashlib
 import json
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from omegaconf import OmegaConf
 from tracked import end, free_port, make_chain, start
 
 from jobs.runtime import checkpoint
@@ -117,6 +119,51 @@ def test_what_is_not_any_more_what_was_read_is_told(chain, tmp_path):
     assert "changed since" in told(tmp_path, "demo/sft")
     (tmp_path / "asked.jsonl").unlink()
     assert "and is gone" in lineage.of([chain[1]], state).stages["sft"].changed[0]
+
+
+def begin(run: Run, name: str, read: dict[str, str], step: int | None) -> None:
+    """An attempt that failed at once, or after it had gone on from ``step``."""
+    attempt = start(run, name)
+    attempt.read, attempt.loaded = read, {"pretrain": {"step": 200, "manifest_sha256": "d" * 64}}
+    if step is not None:
+        attempt.from_step, attempt.phases["checkpoint"] = step, 1.5
+    end(run, attempt, "error")
+
+
+def test_a_refused_attempt_has_no_part_in_what_is_saved(chain, tmp_path):
+    sft, file = chain[1], str(tmp_path / "asked.jsonl")
+    read, loaded = lineage.noted(sft)
+    begin(sft, "2", {file: "e" * 64}, None)
+    assert lineage.noted(sft) == (read, loaded) and read[file] != "e" * 64
+    begin(sft, "3", {"more.jsonl": "f" * 64}, 100)
+    assert lineage.noted(sft)[0] == {**read, "more.jsonl": "f" * 64}
+    begin(sft, "4", {"more.jsonl": "9" * 64}, 0)  # there was no checkpoint: it began anew
+    assert lineage.noted(sft)[0] == {"more.jsonl": "9" * 64}
+
+
+def test_each_stage_stands_under_what_its_own_run_was_made_from(chain, tmp_path):
+    """`sft` was made from `pretrain`; then the config was edited, and `dpo` submitted."""
+    last = chain[1].spec()
+    sft, dpo = replace(last.stages["sft"], init_from=None), replace(last.stages["sft"], kind="dpo", init_from="sft")
+    edited = replace(last, stages={"sft": sft, "dpo": dpo})  # `pretrain` is gone from it
+    folder = tmp_path / "demo" / "dpo"
+    (folder / "attempts").mkdir(parents=True)
+    (folder / "spec.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(edited)))
+    run = Run(folder=folder, experiment="demo", stage="dpo", index=2, key="k")
+    run.save()
+    stages = lineage.of([run], state).stages
+    made_from = [(name, link.made_from) for name, link in stages.items()]
+    assert made_from == [("pretrain", []), ("sft", ["pretrain"]), ("dpo", ["sft"])]
+    lines = told(tmp_path, "demo/dpo").splitlines()
+    depth = [next(line.index(word) for line in lines if word in line) for word in ("pretrain ", "sft ", "dpo ")]
+    assert depth == sorted({*depth})
+
+
+def test_a_checkpoint_says_its_tokenizer_where_nothing_was_prepared(chain, tmp_path):
+    (tmp_path / "data" / "dataset.json").unlink()
+    manifest = sha256(chain[0].checkpoints / "step-0000100" / "MANIFEST.json")
+    shown = told(tmp_path, "demo/pretrain")
+    assert f"checkpoint at step 100 {manifest[:12]}, tokenizer {TOKENIZER[:12]}" in shown
 
 
 def test_an_experiment_shows_all_its_stages(chain, tmp_path):
