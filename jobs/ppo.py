@@ -44,8 +44,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jobs.runtime.job import Job
-from orchestrator.errors import DataError
-from orchestrator.run import write_atomic
+from orchestrator.errors import DataError, TrainingError
+from orchestrator.run import SHORT, write_atomic
 from orchestrator.schedule import adam_eps
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Options:
     min_length: float = 2.0
     max_logp_gap: float = 0.1
     patience: int = 5
+    hack_patience: int = 2  # evaluations on end at which the reward has risen, and what it stands for fallen
 
 
 def run(job: Job) -> dict[str, float]:
@@ -136,7 +137,8 @@ class PPO:
         reference = start.frozen(job, GPT, policy, tokenizer)
         self.actor.module.temperature = reference.module.temperature = o.temperature
         self.ask = Collector(job, chat, actor=self.actor, critic=self.critic, reference=reference)
-        train.fingerprint = self._judged_by(train.fingerprint)
+        self.text = pretraining_text(job) if o.ptx_coef else None
+        train.fingerprint = self._learned_from(train.fingerprint)
         self.average = Average(self.actor, o.ema) if o.ema is not None else None
         self.parts: Mapping[str, Part] = {"": self.actor, "critic": self.critic}
         if self.average:
@@ -144,15 +146,22 @@ class PPO:
         self.more: dict[str, Any] = {"kl_coef": o.kl_coef}
         watched = [f"rule/{short(name)}" for name, coefficient in o.rules.items() if not coefficient]
         self.gates = Gates(o, self.more, watched, evidence=job.run.folder / "samples")
-        self.text = pretraining_text(job) if o.ptx_coef else None
         self.sums: dict[str, float] = defaultdict(float)  # over this rank's micro-batches of a step
         self.scale = 1
 
-    def _judged_by(self, prompts: str) -> str:
-        """Hash of the prompts, and of the models that answers are held against: a run goes on with the same alone."""
+    def _learned_from(self, prompts: str) -> str:
+        """Hash of prompts, models, rules and pretraining text: a run goes on with the same alone."""
+        from jobs.data import rules
+
         asked = [str(self.stage.init_from), *([self.o.reward] if self.o.reward else [])]
-        versions = [self.job.record.loaded[stage]["manifest_sha256"] for stage in asked]
-        return hashlib.sha256(json.dumps([prompts, *versions, self.ask.mean, self.ask.std]).encode()).hexdigest()
+        parts = {
+            "prompts": prompts,
+            **{f"model `{stage}`": self.job.record.loaded[stage]["manifest_sha256"] for stage in asked},
+            **{f"rule `{name}`": rules.source_sha256(name) for name in self.o.rules},
+            "text": self.text.fingerprint if self.text else "",
+        }
+        log.info("learns from: %s", ", ".join(f"{name} {sha256[:SHORT]}" for name, sha256 in parts.items() if sha256))
+        return hashlib.sha256(json.dumps([parts, self.ask.mean, self.ask.std]).encode()).hexdigest()
 
     def begin(self) -> None:
         """The actor from `init_from`; the critic from the reward model, its values in the unit of the reward."""
@@ -174,7 +183,6 @@ class PPO:
         from jobs.nn import rl
         from jobs.runtime.loop import Taken
 
-        self.gates.check()
         began = time.perf_counter()
         prompts = self.train.take(at.samples, size)
         answers = self.ask.answers(prompts, at.samples, stoppable=True)
@@ -233,6 +241,13 @@ class PPO:
         from jobs.runtime.resume import PROBE_SAMPLES
 
         return evaluate(self.job, self.actor, self.held_out, PROBE_SAMPLES)
+
+    def astray(self) -> TrainingError | None:
+        """What the gates say on rank 0: on another machine a sum may differ in its last bit."""
+        from jobs.runtime import dist
+
+        found: TrainingError | None = dist.broadcast(self.gates.astray())  # type: ignore[assignment]
+        return found
 
     # Update: minibatches of all rows, the same on every number of ranks; each data rank has its micro-batches of them.
 

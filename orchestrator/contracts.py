@@ -20,7 +20,10 @@ from orchestrator.spec import Experiment
 
 RULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of options, whichever kind has them; all are finite
-    "at least 1": (lambda x: x >= 1, "max_tokens minibatches inner_epochs rollout_batch kl_horizon patience workers"),
+    "at least 1": (
+        lambda x: x >= 1,
+        "max_tokens minibatches inner_epochs rollout_batch kl_horizon patience hack_patience workers",
+    ),
     "at least 2": (lambda x: x >= 2, "responses"),
     "more than 0": (
         lambda x: x > 0,

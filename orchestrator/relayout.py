@@ -16,7 +16,7 @@ from orchestrator.spec import Experiment, describe_layout, layout_of
 # Settings of a stage that are layout, and one that only stops it
 OF_STAGE = ("engine", "engine_config", "parallel", "compile", "skip_batches")
 # Options that only stop a run (jobs/ppo.py; `responses`: jobs/data/preferences.py)
-GATES = ("max_kl", "min_entropy", "min_length", "max_logp_gap", "patience", "responses")
+GATES = ("max_kl", "min_entropy", "min_length", "max_logp_gap", "patience", "hack_patience", "responses")
 
 
 def what_counts(experiment: Experiment, stage: str) -> dict[str, Any]:

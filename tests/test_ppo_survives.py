@@ -37,6 +37,7 @@ stages:
     <<: *train
     kind: ppo
     engine: deepspeed
+    engine_config: {zero_optimization: {reduce_bucket_size: 1000000}}  # else 2 GB for each of actor and critic
     after: [reward]
     init_from: sft
     steps: 14

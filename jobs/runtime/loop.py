@@ -82,6 +82,10 @@ class Learner(Protocol):
         """A loss in nats per token that no layout may change, quickly."""
         ...
 
+    def astray(self) -> TrainingError | None:
+        """Why it should not go on, though every step was finite. By ``more`` alone: a resumed run says the same."""
+        ...
+
 
 class Supervised:
     """One engine that learns from given batches."""
@@ -117,6 +121,9 @@ class Supervised:
     def probe(self) -> float:
         """The loss on a few held-out samples."""
         return self.judge(self.held_out, PROBE_SAMPLES)["val/loss"]
+
+    def astray(self) -> None:
+        """Nothing but a loss that is not finite stops it."""
 
 
 @dataclass
@@ -180,10 +187,12 @@ def drive(
     and passes over the samples of that step, as if they were not in the data. PaLM's spikes went away like this
     (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1). The same happens again in a run that was killed meanwhile.
 
+    A learner that has gone astray is saved and stops; so it does at once when it is resumed, unless it says otherwise.
+
     Raises:
         Stopped: a signal asked for it; everything is saved.
         TrainingError: more than ``stage.skip_batches`` steps in a row are not finite, or one before there is a
-            checkpoint; or the last step could not be saved.
+            checkpoint; the learner has gone astray; or the last step could not be saved.
         CheckpointError: the checkpoint found belongs to another model, tokenizer or data, or is not what was saved.
     """
     stage, seq_len = job.stage, job.experiment.model.seq_len
@@ -191,8 +200,8 @@ def drive(
     probe = Probe(data=(held_out or data).fingerprint, measure=learner.probe)
     at = _begin(job, learner, data, held_out, probe)
     saved, stall_s = at.step, 0.0
-    bad = BadBatches(stage.skip_batches)
-    while at.step < stage.steps:
+    bad, astray = BadBatches(stage.skip_batches), learner.astray()
+    while at.step < stage.steps and not astray:
         job.mark("step", at.step)
         at = bad.behind(at)
         started = time.perf_counter()
@@ -223,8 +232,8 @@ def drive(
                 values |= learner.measure(at, samples or held_out.samples_per_epoch)
             job.report(at.step, values, tokens=at.tokens)
             job.reached("step")
-            stall_s = 0.0
-        if saved < at.step and (stopping or at.step == stage.steps or at.step % stage.save_every == 0):
+            stall_s, astray = 0.0, learner.astray()
+        if saved < at.step and (stopping or astray or at.step == stage.steps or at.step % stage.save_every == 0):
             job.mark("save")
             before = time.perf_counter()
             if save(job, learner.parts, data, at, probe, learner.more):
@@ -234,6 +243,8 @@ def drive(
         if stopping:
             break
     job.note(to_step=at.step)
+    if astray:
+        raise astray
     if saved < at.step:
         raise TrainingError(
             f"the last step, {at.step}, could not be saved; the newest checkpoint is step {saved}",
@@ -268,6 +279,7 @@ def _undo(
     if not found:
         raise error
     at, more = found
+    learner.more.clear()  # of what the undone steps have put there
     learner.more.update(more)
     job.note(passed_over=sorted(bad.ends.items()))
     log.warning("%s: undone; back to step %d, and on without the samples of that step", error, at.step)

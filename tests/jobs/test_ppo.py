@@ -2,8 +2,10 @@
 
 import json
 import math
-from types import SimpleNamespace
+import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -12,6 +14,7 @@ from jobs import ppo
 from jobs.data import bpe
 from jobs.data.chat import Chat
 from jobs.data.examples import Files
+from jobs.data.indexed import ShardWriter
 from jobs.data.prompts import Prompts, Rows
 from jobs.nn.gpt import GPT
 from jobs.nn.heads import Scorer
@@ -19,8 +22,9 @@ from jobs.runtime import dist, start
 from jobs.runtime.experience import REWARD_FILE, reward_facts
 from jobs.runtime.gates import Gates
 from jobs.runtime.job import Job
-from jobs.runtime.resume import Position, Probe, save
-from orchestrator.errors import DataError, TrainingError
+from jobs.runtime.resume import Position, Probe, resume, save
+from orchestrator.compose import compose
+from orchestrator.errors import CheckpointError, DataError, TrainingError
 from orchestrator.run import Attempt, Run, read_json, write_json
 from orchestrator.spec import (
     ChatSpec,
@@ -31,6 +35,7 @@ from orchestrator.spec import (
     ModelSpec,
     OptimizerSpec,
     ParallelPlan,
+    SourceSpec,
     StageSpec,
 )
 
@@ -54,6 +59,8 @@ OPTIONS = ppo.Options(
     value_clip=0.02,
     ema=0.9,
 )
+MIXED = replace(OPTIONS, temperature=1.0, ptx_coef=0.5, ptx_ratio=1)  # each update reads 4 windows of text: all
+TEXT = np.random.default_rng(0).integers(MODEL.vocab, size=4 * MODEL.seq_len + 1)
 ENGINES = [("torch", 0, 1), ("torch", 3, 1), ("torch", 0, 2), ("deepspeed", 1, 1), ("deepspeed", 3, 1)]
 
 
@@ -67,7 +74,13 @@ def _place(folder):
     bpe.train(["abcdefghi " * 20], vocab=MODEL.vocab, end_of_text="<|end|>").save(str(folder / "tokenizer.json"))
     lines = [json.dumps({"prompt": "abcdefghi"[: k % 7 + 1] + "?", "bonus": k / 10}) + "\n" for k in range(12)]
     (folder / "p.jsonl").write_text("".join(lines))
+    _write_text(folder, TEXT)
     return _data(folder)
+
+
+def _write_text(folder, tokens):
+    with ShardWriter(folder / "text", "<u2") as shard:
+        shard.add(tokens.astype("<u2"), np.array([len(tokens)]))
 
 
 def _job(ranks, folder, name, stage, options=None):
@@ -94,6 +107,7 @@ def _data(folder):
         folder=str(folder),
         tokenizer=str(folder / "tokenizer.json"),
         chat=ChatSpec(end="<|end|>"),
+        sources={"text": SourceSpec(shards=[str(folder / "text")])},
         examples={"prompts": ExamplesSpec(train=files, val=files)},
     )
 
@@ -131,12 +145,12 @@ def _learner(ranks, folder, engine, zero, tensor, options=OPTIONS, precision="fp
     return learner
 
 
-def _told(ranks, folder, engines, precision="fp32"):
+def _told(ranks, folder, engines, precision="fp32", options=OPTIONS):
     """What each engine says of two steps, and its weights behind them."""
     _stages_before(ranks, folder, Chat.open(_data(folder)))
     told = {}
     for engine, zero, tensor in engines:
-        learner = _learner(ranks, folder, engine, zero, tensor, precision=precision)
+        learner = _learner(ranks, folder, engine, zero, tensor, options, precision)
         steps = []
         for step in range(2):
             taken = learner.step(Position(step=step, samples=8 * step), 8, LR)
@@ -154,7 +168,7 @@ def _told(ranks, folder, engines, precision="fp32"):
 # The same in double precision, response by response, from the papers: no function of ours but the model's forward.
 
 
-def reference_run(folder, responses_of):
+def reference_run(folder, responses_of, options=OPTIONS):
     """Two steps of PPO as a list of metrics, and both models behind them."""
     chat = Chat.open(_data(folder))
     actor, frozen = _model(GPT, 1), _model(GPT, 1)
@@ -162,14 +176,15 @@ def reference_run(folder, responses_of):
     with torch.no_grad():
         critic.score.weight.mul_(1 / STD)
         critic.score.bias.sub_(MEAN).mul_(1 / STD)
-    states, kl_coef, told = {id(m): {} for m in (actor, critic)}, OPTIONS.kl_coef, []
+    states, kl_coef, told = {id(m): {} for m in (actor, critic)}, options.kl_coef, []
+    temperature = options.temperature
     prompts = _prompts(folder, chat)
     for step in range(2):
         asked = prompts.take(8 * step, 8)
-        answers = responses_of(actor, asked, 8 * step)
+        answers = responses_of(actor, asked, 8 * step, temperature)
         with torch.no_grad():
-            old = [_logp(actor, p.ids, r) for p, r in zip(asked, answers, strict=True)]
-            ref = [_logp(frozen, p.ids, r) for p, r in zip(asked, answers, strict=True)]
+            old = [_logp(actor, p.ids, r, temperature) for p, r in zip(asked, answers, strict=True)]
+            ref = [_logp(frozen, p.ids, r, temperature) for p, r in zip(asked, answers, strict=True)]
             values = [_values(critic, p.ids, r) for p, r in zip(asked, answers, strict=True)]
         rewards, kls = [], []
         for prompt, answer, log_p, log_ref in zip(asked, answers, old, ref, strict=True):
@@ -189,10 +204,11 @@ def reference_run(folder, responses_of):
             order = ppo_order(8, 5, step * 2 + epoch)
             for half in (order[:4], order[4:]):
                 done = step * 4 + len(losses)
-                policy = value = 0.0
+                policy, value = options.ptx_coef * _text_loss(actor), 0.0
                 tokens = sum(len(answers[i]) for i in half)
                 for i in half:
-                    log_p, v = _logp(actor, asked[i].ids, answers[i]), _values(critic, asked[i].ids, answers[i])
+                    log_p = _logp(actor, asked[i].ids, answers[i], temperature)
+                    v = _values(critic, asked[i].ids, answers[i])
                     for t in range(len(answers[i])):
                         ratio, a = (log_p[t] - old[i][t]).exp(), (gains[i][t] - mean) / std
                         policy = policy - torch.min(ratio * a, ratio.clamp(0.95, 1.05) * a) / tokens
@@ -225,8 +241,16 @@ def _model(kind, seed):
     return init_weights(kind(MODEL), seed).double().eval()
 
 
-def _logp(model, prompt, answer):
-    logits = model(torch.tensor([prompt + answer]))[0].double() / OPTIONS.temperature
+def _text_loss(model):
+    """Nats per token of all the text, in whatever order."""
+    tokens, targets = (torch.from_numpy(part).view(4, MODEL.seq_len) for part in (TEXT[:-1], TEXT[1:]))
+    logits = model(tokens).double()
+    log_p = logits - logits.exp().sum(-1, keepdim=True).log()
+    return -log_p.gather(-1, targets[..., None]).mean()
+
+
+def _logp(model, prompt, answer, temperature):
+    logits = model(torch.tensor([prompt + answer]))[0].double() / temperature
     rows = logits[len(prompt) - 1 : -1]
     return (rows - rows.exp().sum(-1, keepdim=True).log())[range(len(answer)), answer]
 
@@ -268,13 +292,13 @@ def _adam(model, loss, state, lr, t):
     return norm
 
 
-def _sampled(actor, asked, first):
+def _sampled(actor, asked, first, temperature):
     """What is drawn is not on trial here: the tested sampler, from the double-precision model's weights."""
     from jobs.nn.rollout import Sampling, generate
 
     copy = GPT(MODEL)
     copy.load_state_dict({k: v.float() for k, v in actor.state_dict().items()})
-    copy.temperature = OPTIONS.temperature
+    copy.temperature = temperature
     end = _sampled.end
     return generate(copy, [p.ids for p in asked], Sampling(max_tokens=10), end=end, seed=5, first=first).responses()
 
@@ -299,6 +323,17 @@ def told(folder, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_two_steps_are_those_of_the_papers(engine, told, expected):
+    _holds(engine, told, expected)
+
+
+@pytest.mark.slow
+def test_with_pretraining_text_too(folder):
+    engine = ENGINES[0]
+    told = run_ranks(_told, 2, folder, [engine], "fp32", MIXED)
+    _holds(engine, told, reference_run(folder, _sampled, MIXED))
+
+
+def _holds(engine, told, expected):
     metrics, weights, kl_coef = expected
     for rank in told:
         steps, got, _, coef = rank[engine]
@@ -343,52 +378,129 @@ def test_rows_are_read_without_a_mask():
     assert some.pick(torch.tensor([[0.1, 0.2, 0.3]])).tolist() == [[pytest.approx(0.2), 0, 0]]
 
 
-GATES = {"max_kl": 1.0, "min_entropy": 0.1, "min_length": 2.0, "max_logp_gap": 0.1, "patience": 2}
+BOUNDS = ppo.Options(max_kl=1.0, min_entropy=0.1, min_length=2.0, max_logp_gap=0.1, patience=2, hack_patience=2)
 FINE = {"kl": 0.5, "entropy": 1.0, "length": 9.0, "logp_gap": 0.0, "reward": 0.0}
+GOOD = torch.linspace(0, 1, 50)
 
 
 @pytest.mark.parametrize(("name", "value"), [("kl", 1.1), ("entropy", 0.01), ("length", 1.0), ("logp_gap", 0.2)])
 def test_what_goes_astray_is_warned_of_and_stopped(name, value, tmp_path, caplog):
-    gates = Gates(SimpleNamespace(**GATES), {}, [], evidence=tmp_path)
+    gates = Gates(BOUNDS, {}, [], evidence=tmp_path)
     gates.step(FINE | {name: value})
-    gates.check()
+    assert gates.astray() is None
     assert name in caplog.text
     gates.step(FINE)
     gates.step(FINE | {name: value})
-    gates.check()  # not on end
+    assert gates.astray() is None  # not on end
     gates.step(FINE | {name: value})
-    with pytest.raises(TrainingError, match=f"{name} was out of bounds 2 times on end"):
-        gates.check()
+    assert f"{name} was out of bounds 2 times on end" in str(gates.astray())
 
 
 def test_a_bound_that_was_moved_lets_a_run_go_on(tmp_path):
     more = {}
-    gates = Gates(SimpleNamespace(**GATES), more, [], evidence=tmp_path)
+    gates = Gates(BOUNDS, more, [], evidence=tmp_path)
     for _ in range(2):
         gates.step(FINE | {"kl": 1.5})
     kept = json.loads(json.dumps(more))
-    with pytest.raises(TrainingError, match="kl was out of bounds"):
-        Gates(SimpleNamespace(**GATES), kept, [], evidence=tmp_path).check()
-    moved = Gates(SimpleNamespace(**GATES | {"max_kl": 1.2}), kept, [], evidence=tmp_path)
-    moved.check()
+    assert "kl was out of bounds" in str(Gates(BOUNDS, kept, [], evidence=tmp_path).astray())
+    moved = Gates(replace(BOUNDS, max_kl=1.2), kept, [], evidence=tmp_path)
+    assert moved.astray() is None
     moved.step(FINE | {"kl": 1.5})
-    moved.check()  # the first time beyond the new one
+    assert moved.astray() is None  # the first time beyond the new one
     moved.step(FINE | {"kl": 1.5})
-    with pytest.raises(TrainingError, match="kl was out of bounds 2 times"):
-        moved.check()
+    assert "kl was out of bounds 2 times" in str(moved.astray())
+
+
+def _hacked(gates, rewards, every):
+    """The steps until ``gates`` stop a run whose reward rises at the cost of a rule that is only watched."""
+    gates.evaluation({"reward": GOOD, "rule/good": GOOD})
+    for step, reward in enumerate(rewards, 1):
+        gates.step(FINE | {"reward": reward})
+        if step % every == 0:
+            gates.evaluation({"reward": GOOD + reward, "rule/good": GOOD - step / len(rewards)})
+        if gates.astray():
+            return step
+    return None
 
 
 def test_a_hacked_reward_is_found(tmp_path):
     more = {}
-    gates = Gates(SimpleNamespace(**GATES), more, ["rule/good"], evidence=tmp_path)
-    good = torch.linspace(0, 1, 50)
-    gates.evaluation({"reward": good, "rule/good": good})
-    for reward in (0.0, 1.0, 2.0):
-        gates.step(FINE | {"reward": reward})
-        gates.evaluation({"reward": good + reward, "rule/good": good - reward})
-    with pytest.raises(TrainingError, match="held-out rule/good was out of bounds 2 times"):
-        gates.check()
+    gates = Gates(BOUNDS, more, ["rule/good"], evidence=tmp_path)
+    assert _hacked(gates, [0.0, 1.0, 2.0], 1) == 3
+    stopped = gates.astray()
+    assert "held-out rule/good was out of bounds 2 times" in str(stopped)
+    assert "a larger `hack_patience`" in stopped.hint
     assert json.loads(json.dumps(more)) == more  # a checkpoint keeps it
+    assert Gates(replace(BOUNDS, hack_patience=3), more, ["rule/good"], evidence=tmp_path).astray() is None
+
+
+def test_one_lucky_batch_hides_nothing(tmp_path):
+    lucky = [3.0] + [0.0] * 9 + [1.0] * 30
+    assert _hacked(Gates(BOUNDS, {}, ["rule/good"], evidence=tmp_path), lucky, 10) == 30
+    unlucky = [1.0] * 20 + [0.9] * 19 + [1.1]  # a last batch above the first, the rest below: it has not risen
+    assert _hacked(Gates(BOUNDS, {}, ["rule/good"], evidence=tmp_path), unlucky, 10) is None
+
+
+@pytest.mark.parametrize("config", ["chatgpt-demo", "instructgpt-1.3b", "instructgpt-175b"])
+def test_what_is_shipped_stops_a_hacked_reward_in_time(config, tmp_path):
+    stage = compose(config).experiment.stages["ppo"]
+    gates = Gates(ppo.Options(**stage.options), {}, ["rule/good"], evidence=tmp_path)
+    rewards = [step / stage.steps for step in range(stage.steps)]
+    assert _hacked(gates, rewards, stage.eval_every) <= 0.75 * stage.steps
+
+
+def _stopped(ranks, folder):
+    _stages_before(ranks, folder, Chat.open(_data(folder)))
+    learner = _learner(ranks, folder, "torch", 0, 1)
+    assert learner.astray() is None
+    if ranks.rank == 0:
+        learner.more["beyond"] = {"kl": [OPTIONS.max_kl, OPTIONS.patience]}
+    stopped = learner.astray()
+    return str(stopped), stopped.hint
+
+
+def test_all_ranks_stop_or_none(tmp_path):
+    _place(tmp_path)
+    first, other = run_ranks(_stopped, 2, tmp_path)
+    assert first == other
+    assert first[0] == "kl was out of bounds 5 times on end"
+
+
+RULE = "def score(prompt, response, line):\n    return len(response) / 10\n"
+
+
+def _changed(ranks, folder):
+    """A run goes on with the rule and the pretraining text that it began with alone."""
+    _stages_before(ranks, folder, Chat.open(_data(folder)))
+    sys.path.insert(0, str(folder))
+    probe = Probe(data="", measure=lambda: 0.0)
+
+    def write(rule=RULE, text=TEXT):
+        (folder / "our_rules.py").write_text(rule)
+        _write_text(folder, text)
+
+    def learner():
+        return _learner(ranks, folder, "torch", 0, 1, replace(MIXED, rules={"our_rules:score": 1.0}))
+
+    def resumed():
+        found = learner()
+        return resume(found.job, found.parts, found.train, probe)
+
+    write()
+    first = learner()
+    assert save(first.job, first.parts, first.train, Position(step=1), probe, first.more)
+    assert resumed()[0].step == 1
+    for change in ({"rule": RULE.replace("10", "-10")}, {"text": TEXT[::-1]}):
+        write(**change)
+        with pytest.raises(CheckpointError, match="does not belong to this run: `data` is"):
+            resumed()
+    write()
+    assert resumed()[0].step == 1
+
+
+def test_another_rule_or_text_is_another_run(tmp_path):
+    _place(tmp_path)
+    run_ranks(_changed, 1, tmp_path)
 
 
 def _refused(ranks, folder):

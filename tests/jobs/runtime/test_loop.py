@@ -51,7 +51,7 @@ class Unanswered(Numbers):
         return batch | {"weight": torch.zeros(batch["targets"].shape)}
 
 
-def _train(ranks, root, name, stage, *, told="", loss_fn=mean_loss, data=None):
+def _train(ranks, root, name, stage, *, told="", loss_fn=mean_loss, data=None, learner=None):
     """Train ``stage`` as run ``chain/<name>``; its engine."""
     run = Run(folder=root / "chain" / name, experiment="chain", stage=name, index=1, key=name)
     (run.folder / "attempts").mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,11 @@ def _train(ranks, root, name, stage, *, told="", loss_fn=mean_loss, data=None):
     )
     job.stop.cause = told
     engine = torch_engine.build(lambda: GPT(MODEL), stage, ranks, loss_fn)
-    loop.train(job, engine, data or Numbers(), None)
+    data = data or Numbers()
+    if learner:
+        loop.drive(job, learner(job, engine, data, data, None), data, None)
+    else:
+        loop.train(job, engine, data, None)
     return engine
 
 
@@ -157,6 +161,52 @@ def _gives_up(ranks, root):
 
 def test_a_run_that_is_lost_is_given_up(tmp_path):
     run_ranks(_gives_up, 1, tmp_path)
+
+
+class Straying(loop.Supervised):
+    """Astray after ``bound`` steps."""
+
+    bound = 2
+
+    def step(self, at, size, lr):
+        assert len(self.more) == at.step, "what undone steps have put there is gone"
+        self.more[str(at.step)] = True
+        return super().step(at, size, lr)
+
+    def astray(self):
+        return TrainingError(f"{self.bound} steps were too many") if len(self.more) == self.bound else None
+
+
+class StrayingLast(Straying):
+    """Astray after the last step."""
+
+    bound = 3
+
+
+class Steady(Straying):
+    """What another bound makes of it."""
+
+    bound = None
+
+
+def _strays(ranks, root):
+    """It is saved first, stops at once when it is resumed, and with another bound ends as if nothing had been."""
+    whole = _train(ranks, root, "whole", STAGE)
+    for learner, step in ((Straying, 2), (StrayingLast, 3)):
+        name = learner.__name__
+        for _ in range(2):
+            with pytest.raises(TrainingError, match=f"{step} steps were too many"):
+                _train(ranks, root, name, STAGE, learner=learner)
+            assert checkpoint.committed(root / "chain" / name / "checkpoints") == [step]
+        moved = _train(ranks, root, name, STAGE, learner=Steady)
+        assert checkpoint.committed(root / "chain" / name / "checkpoints")[0] == 3
+        pairs = zip(whole.module.parameters(), moved.module.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    _train(ranks, root, "undone", replace(STAGE, steps=4, save_every=1), loss_fn=_exploding, learner=Steady)
+
+
+def test_a_run_that_has_gone_astray_is_saved_first(tmp_path):
+    run_ranks(_strays, 2, tmp_path)
 
 
 def _chain(ranks, root):
