@@ -112,8 +112,7 @@ def _timed(experiment: Experiment, stage: StageSpec, nodes: int) -> Iterator[tup
     cluster = experiment.cluster
     limits: Limits = find("jobs.engines", stage.engine).LIMITS
     runs: dict[tuple[object, ...], bool] = {}  # by what refusals speak of: there are few, and layouts are many
-    own = [stage.parallel] if nodes == stage.parallel.nodes else []
-    for p in (*own, *_layouts(experiment.model, stage, nodes, cluster.gpus_per_node)):
+    for p in _layouts(experiment.model, stage, nodes, cluster.gpus_per_node):
         kind = (p.tensor > 1, p.pipeline > 1, p.interleave > 1, p.sequence, p.zero, p.recompute)
         if kind not in runs:
             runs[kind] = not limits.refusals(replace(stage, parallel=p))

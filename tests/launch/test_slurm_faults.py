@@ -126,7 +126,7 @@ def time_limit(cluster):
     with held(run) as ranks:
         job_id = run.submissions[-1].job_id
         ran_s = time.time() - datetime.fromisoformat(cluster.job(run, "%S")).timestamp()
-        minutes = math.ceil((ran_s + 60) / 60)  # a limit is whole minutes; the signal comes 61 s before it
+        minutes = math.ceil((ran_s + 60) / 60)  # a limit is whole minutes; the signal comes a step and 61 s before it
         cluster("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}")
         wait(lambda: all(is_told(rank, signal.SIGUSR2) for rank in ranks), "the signal")
     wait(lambda: run.attempts()[0].cause, "leaving")

@@ -58,6 +58,8 @@ def test_the_configs_own_layout_is_one_of_them() -> None:
     (best,) = search(e, "s", top=1)
     assert best.parallel.offload == "optimizer"
     assert best.overrides == ""
+    found = [f.parallel for f in search(compose("gpt3-13b").experiment, "pretrain", top=50)]
+    assert all(found.count(p) == 1 for p in found)
     bare = experiment(model, 64, nodes=1, zero=3)
     with pytest.raises(PlanError, match="no layout of engine `deepspeed` fits 8") as error:
         search(replace(bare, cluster=small), "s")
