@@ -18,6 +18,7 @@ from typing import Literal
 
 from orchestrator.compose import Composed
 from orchestrator.errors import OrchError
+from orchestrator.run import nearest
 from orchestrator.spec import Experiment
 
 MIN_PYTHON = (3, 11)
@@ -137,13 +138,7 @@ def _room_gb(experiment: Experiment | None) -> float:
 
 
 def _free(folder: Path) -> str:
-    existing = _existing(folder)
-    return f"{shutil.disk_usage(existing).free / 1e9:.0f} GB free at {folder}"
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.expanduser().absolute()
-    return next(p for p in (folder, *folder.parents) if p.exists())
+    return f"{shutil.disk_usage(nearest(folder)).free / 1e9:.0f} GB free at {folder}"
 
 
 def report(findings: list[Finding]) -> None:
@@ -191,7 +186,7 @@ def compiler() -> Finding:
 
 def disk(root: Path, needs_gb: float) -> Finding:
     """The runs folder can be written to and has room."""
-    existing = _existing(root)
+    existing = nearest(root)
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass

@@ -70,6 +70,12 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def nearest(folder: Path) -> Path:
+    """``folder``, or the nearest above it that exists: they share a disk."""
+    folder = folder.expanduser().absolute()
+    return next(p for p in (folder, *folder.parents) if p.exists())
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of the content of ``path``, in hexadecimal digits."""
     with path.open("rb") as f:

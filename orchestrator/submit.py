@@ -21,7 +21,7 @@ from orchestrator.plan import Estimate, plan, room_gb
 from orchestrator.preflight import REHEARSALS
 from orchestrator.registry import did_you_mean, find
 from orchestrator.relayout import continues, moved, what_counts
-from orchestrator.run import Run, State, list_runs, write_atomic, write_json
+from orchestrator.run import Run, State, list_runs, nearest, write_atomic, write_json
 from orchestrator.spec import Experiment, in_order, waits_for
 
 log = logging.getLogger(__name__)
@@ -193,8 +193,7 @@ def select(experiment: Experiment, stages: Sequence[str]) -> list[str]:
 
 def _room(experiment: Experiment, stages: Sequence[str], root: Path) -> str:
     """What to say where the disk of ``root`` has less free than the checkpoints of ``stages`` will take."""
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    needs_gb, free_gb = room_gb(experiment, stages), shutil.disk_usage(existing).free / 1e9
+    needs_gb, free_gb = room_gb(experiment, stages), shutil.disk_usage(nearest(root)).free / 1e9
     if needs_gb <= free_gb:
         return ""
     return f"checkpoints will take {needs_gb:,.1f} GB, and `{root}` has {free_gb:,.1f} GB free"
