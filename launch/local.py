@@ -31,7 +31,7 @@ from orchestrator.spec import Experiment
 if TYPE_CHECKING:
     import psutil
 
-POLL_S = 0.2
+POLL_S = 0.5
 NOW_S = 10.0  # for the supervisor to end its ranks, before it is ended with them
 ELSEWHERE_S = 600.0  # silence after which a run on another host counts as gone
 GO = b"go\n"
@@ -173,7 +173,7 @@ def session(job_id: str) -> Iterator["psutil.Process"]:
     with suppress(psutil.NoSuchProcess):
         if abs(_start(psutil.Process(sid)) - start) > 1:
             return  # the whole session is gone, and its id was given away
-    for pid in psutil.pids():
+    for pid in sorted(psutil.pids(), key=lambda pid: pid != sid):  # itself first: most ask whether there is one
         with suppress(ProcessLookupError, PermissionError, psutil.Error):
             if os.getsid(pid) == sid and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
                 yield process

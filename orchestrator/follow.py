@@ -16,7 +16,7 @@ from orchestrator.status import Standing, left_s, look, row
 if TYPE_CHECKING:
     from rich.console import Console
 
-POLL_S = 0.5
+POLL_S = 1.0  # the ranks of a local run need the cores more
 LINE_S = 10.0  # between two lines of one run, where nothing can be redrawn
 REDRAW_S = 2.0
 SHARE = 4  # of the time between two looks, the part that looking may take

@@ -1,6 +1,7 @@
 """Find a stage, an engine or a launcher by name: the file is the registration."""
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -10,6 +11,7 @@ from orchestrator.errors import ConfigError
 KINDS = {"jobs": "stage kind", "jobs.engines": "engine", "launch": "launcher"}
 
 
+@functools.cache
 def available(package: str) -> list[str]:
     """Names of the modules directly in ``package``; its subpackages are shared code, not plug-ins."""
     path = importlib.import_module(package).__path__

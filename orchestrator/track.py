@@ -45,6 +45,7 @@ HEARTBEAT_S = 1.0
 SYSTEM_S = 10.0
 POLL_S = 1.0  # how often the forwarder looks for new lines
 PATIENCE_S = 15.0  # the longest pause between two attempts to reach MLflow
+REST = 9  # times what sending took: a slow store, or a slow machine, has a tenth of a core at most
 SETTLED_S = 2.0  # a folder's time of change is coarse: two changes soon after each other may have the same
 FAREWELL_S = 15.0  # how long a forwarder tries after the end of its job
 LOCK_S = 90.0  # more than one slow call to MLflow takes
@@ -405,13 +406,14 @@ def follow(run: Run, parent: int | None = None, since: float = 0.0) -> None:
             mine = newest
         # Where another attempt has taken over, the status is its forwarder's to set.
         alive = not ending if mine in ("", newest) else None
+        began = time.monotonic()
         try:
             if ending or _has_news(run, attempts()):
                 lines = _bring_up_to_date(run, alive=alive)
                 log.info("%d lines sent", lines)
             if ending:
                 return
-            pause_s = POLL_S
+            pause_s = min(max(POLL_S, REST * (time.monotonic() - began)), PATIENCE_S)
         except (TrackingError, LaunchError) as e:
             if ending and time.monotonic() > deadline:
                 log.warning("%s; left to `orch sync %s`", e, run.name)
@@ -420,7 +422,7 @@ def follow(run: Run, parent: int | None = None, since: float = 0.0) -> None:
             log.warning("%s; trying again in %g s", e, pause_s)
         until = time.monotonic() + pause_s
         while time.monotonic() < until and (ending or not over()):
-            time.sleep(0.2)
+            time.sleep(POLL_S / 2)
 
 
 def _attempts_of(run: Run) -> Callable[[], list[Attempt]]:
