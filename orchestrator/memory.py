@@ -205,6 +205,8 @@ def _between_stages(model: ModelSpec, stage: StageSpec, part: Slice) -> float:
         return 0.0
     width = 2 if stage.precision == "bf16" else 4
     rows = width * model.seq_len * p.micro_batch * model.hidden
+    if stage.engine == "colossalai" and part.last and p.interleave == 1:  # the gradient that went back last; what it
+        return rows  # reads is its first layer's to count, and nothing is on its way while it works
     if p.tensor == 1 or stage.engine != "deepspeed":
         return rows * (part.in_flight + (1 if part.first else 3))
     # DeepSpeed's tensor ranks keep and send a part each of what all of them hold (`pipe_partitioned`; in sequence
