@@ -45,7 +45,7 @@ HEARTBEAT_S = 1.0
 SYSTEM_S = 10.0
 POLL_S = 1.0  # how often the forwarder looks for new lines
 PATIENCE_S = 15.0  # the longest pause between two attempts to reach MLflow
-REST = 9  # times what sending took: a slow store, or a slow machine, has a tenth of a core at most
+REST, REST_S = 9, 5.0  # the pause after sending: this many times what it took, at most so long
 SETTLED_S = 2.0  # a folder's time of change is coarse: two changes soon after each other may have the same
 FAREWELL_S = 15.0  # how long a forwarder tries after the end of its job
 LOCK_S = 90.0  # more than one slow call to MLflow takes
@@ -413,7 +413,7 @@ def follow(run: Run, parent: int | None = None, since: float = 0.0) -> None:
                 log.info("%d lines sent", lines)
             if ending:
                 return
-            pause_s = min(max(POLL_S, REST * (time.monotonic() - began)), PATIENCE_S)
+            pause_s = max(POLL_S, min(REST * (time.monotonic() - began), REST_S))
         except (TrackingError, LaunchError) as e:
             if ending and time.monotonic() > deadline:
                 log.warning("%s; left to `orch sync %s`", e, run.name)
