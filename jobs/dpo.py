@@ -58,7 +58,8 @@ def run(job: Job) -> dict[str, float]:
     referenced = partial(Referenced, reference, version, chat=chat, seq_len=seq_len, responses=options.responses)
     train = referenced(files_of(data, options.examples, "train"), seed=data.seed)
     held_out = referenced(files_of(data, options.examples, "val"), seed=0)
-    log.info("%d prompts; left out: %s", train.samples_per_epoch, dict(train.left_out))
+    log.info("%d prompts", train.samples_per_epoch)
+    log.info("left out: %s; of what is held out: %s", dict(train.left_out), dict(held_out.left_out))
     job = start.limited_to(job, train.samples_per_epoch, options.epochs)
     engine = start.build(job, GPT, partial(loss, beta=options.beta))
 

@@ -22,6 +22,7 @@ Metrics of a step, over its answers (`val/` the same of held-out prompts, answer
     train/distinct            share of responses that no other one equals
     train/logp_gap            mean over tokens of |log p of the rollout - log p of the trainer|
     train/loss                what is minimised: `policy_loss`, and `ptx_coef` times `ptx_loss`
+    train/grad_norm           of the actor before clipping, mean over the updates; train/value_grad_norm: of the critic
     train/policy_loss         equation 7 of arXiv:1707.06347, negated
     train/value_loss          the clipped square of openai/lm-human-preferences
     train/clipped             share of tokens whose ratio left [1 - clip, 1 + clip]
@@ -114,7 +115,8 @@ def run(job: Job) -> dict[str, float]:
     chat, longest = Chat.open(data), job.experiment.model.seq_len - o.max_tokens
     train = Prompts(files_of(data, o.examples, "train"), chat, longest=longest, seed=data.seed)
     held_out = Prompts(files_of(data, o.examples, "val"), chat, longest=longest, seed=0)
-    log.info("%d prompts; left out: %s", train.samples_per_epoch, dict(train.left_out))
+    log.info("%d prompts", train.samples_per_epoch)
+    log.info("left out: %s; of what is held out: %s", dict(train.left_out), dict(held_out.left_out))
     loop.drive(job, PPO(job, chat, train, held_out), train, held_out, final_eval_samples=job.stage.eval_samples)
     return {}
 
@@ -137,7 +139,7 @@ class PPO:
         reference = start.frozen(job, GPT, policy, tokenizer)
         self.actor.module.temperature = reference.module.temperature = o.temperature
         self.ask = Collector(job, chat, actor=self.actor, critic=self.critic, reference=reference)
-        self.text = pretraining_text(job) if o.ptx_coef else None
+        self.text = pretraining_text(job, tokenizer) if o.ptx_coef else None
         train.fingerprint = self._learned_from(train.fingerprint)
         self.average = Average(self.actor, o.ema) if o.ema is not None else None
         self.parts: Mapping[str, Part] = {"": self.actor, "critic": self.critic}
@@ -349,21 +351,31 @@ class PPO:
             self.sums[name] += (value.detach() * part).item()
 
     def _keep_samples(self, step: int, prompts: Sequence[Prompt], e: Experience) -> None:
-        """What the policy says, where people can read it."""
+        """What the policy says, where people can read it. Where it cannot be written, training goes on."""
         folder = self.job.run.folder / "samples"
-        folder.mkdir(exist_ok=True)
         lines = []
         for i in range(min(self.o.samples, len(prompts))):
             judged = {name: round(value_B[i].item(), 4) for name, value_B in e.judged.items()}
             prompt = self.chat.tokenizer.decode(prompts[i].ids, skip_special_tokens=False)
             line = {"step": step, "prompt": prompt, "response": e.texts[i], **judged, "kl": round(e.kl_B[i].item(), 4)}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        write_atomic(folder / f"step-{step:07d}.jsonl", "".join(lines))
+        try:
+            folder.mkdir(exist_ok=True)
+            write_atomic(folder / f"step-{step:07d}.jsonl", "".join(lines))
+        except OSError as e:
+            log.warning("the samples of step %d could not be written to `%s`: %s", step, folder, e.strerror)
 
 
-def pretraining_text(job: Job) -> PackedDataset:
-    """What `pretrain` learns from, to mix in."""
+def pretraining_text(job: Job, tokenizer: str) -> PackedDataset:
+    """What `pretrain` learns from, to mix in. Raises DataError where it is not of ``tokenizer``, a SHA-256."""
     from jobs.data.packed import PackedDataset
 
-    model = job.experiment.model
-    return PackedDataset.open(job.experiment.data, seq_len=model.seq_len, split="train", vocab=model.vocab)
+    model, data = job.experiment.model, job.experiment.data
+    text = PackedDataset.open(data, seq_len=model.seq_len, split="train", vocab=model.vocab)
+    if text.tokenizer_sha256 != tokenizer:
+        raise DataError(
+            f"the text in `{data.folder}` is of tokenizer {text.tokenizer_sha256[:SHORT]}, the prompts of "
+            f"{tokenizer[:SHORT]}",
+            hint="prepare the text with `data.tokenizer`, in another `data.folder`; or `options.ptx_coef: 0`",
+        )
+    return text

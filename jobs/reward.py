@@ -55,7 +55,8 @@ def run(job: Job) -> dict[str, float]:
     ranked = partial(Preferences, chat=chat, seq_len=job.experiment.model.seq_len, responses=job.options.responses)
     train = ranked(files_of(data, name, "train"), seed=data.seed)
     held_out = ranked(files_of(data, name, "val"), seed=0)
-    log.info("%d prompts; left out: %s", train.samples_per_epoch, dict(train.left_out))
+    log.info("%d prompts", train.samples_per_epoch)
+    log.info("left out: %s; of what is held out: %s", dict(train.left_out), dict(held_out.left_out))
     job = start.limited_to(job, train.samples_per_epoch, job.options.epochs)
     engine = start.build(job, Scorer, loss)
 

@@ -39,7 +39,8 @@ def run(job: Job) -> dict[str, float]:
     chat = Chat.open(data)
     train = Demonstrations(files_of(data, job.options.examples, "train"), chat, seq_len=seq_len, seed=data.seed)
     held_out = Demonstrations(files_of(data, job.options.examples, "val"), chat, seq_len=seq_len, seed=0)
-    log.info("%d conversations in %d rows; left out: %s", len(train.examples), train.samples_per_epoch, train.left_out)
+    log.info("%d conversations in %d rows", len(train.examples), train.samples_per_epoch)
+    log.info("left out: %s; of what is held out: %s", dict(train.left_out), dict(held_out.left_out))
     job = start.limited_to(job, train.samples_per_epoch, job.options.epochs)
     loop.train(job, start.build(job, GPT, loss), train, held_out)
     return {}

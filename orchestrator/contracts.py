@@ -55,8 +55,10 @@ def check(experiment: Experiment, name: str, root: Path | None) -> list[Problem]
         found += _tokens(experiment)
     if hasattr(options, "max_tokens"):
         found += _room(experiment, name, options.max_tokens)
-    if stage.kind in ("ppo", "dpo"):
+    if stage.kind in ("ppo", "dpo") or (stage.kind == "compare" and options.samples and stage.init_from):
         found += _start(experiment, name)
+    if hasattr(options, "responses"):
+        found += _longest_lists(experiment, name, options)
     if stage.kind in ("ppo", "compare"):
         found += _ramp(experiment, name)
     if stage.kind == "compare":
@@ -194,6 +196,22 @@ def _answers(experiment: Experiment, name: str, options: Any) -> Iterator[Proble
         )
 
 
+def _longest_lists(experiment: Experiment, name: str, options: Any) -> Iterator[Problem]:
+    """Lists of more responses than a row has room for, from a stage that ranks its samples."""
+    for other in sorted(_before(experiment, name)):
+        stage = experiment.stages[other]
+        if stage.kind != "compare":
+            continue
+        made = find("jobs", stage.kind).Options(**stage.options)
+        if made.out == options.examples and made.samples > options.responses:
+            yield Problem(
+                message=f"`stages.{name}.options.responses` is {options.responses}, and `{other}` ranks up to "
+                f"{made.samples} responses to a prompt (`options.samples`)",
+                hint=f"`stages.{name}.options.responses={made.samples}`, or `stages.{other}.options.samples="
+                f"{options.responses}`",
+            )
+
+
 def _text(experiment: Experiment, name: str, options: Any) -> Iterator[Problem]:
     """Pretraining text that cannot be mixed in."""
     where = f"stages.{name}"
@@ -207,6 +225,23 @@ def _text(experiment: Experiment, name: str, options: Any) -> Iterator[Problem]:
             message=f"`{where}.options.ptx_coef` is {options.ptx_coef:g} at `temperature` {options.temperature:g}: the "
             "loss on text would be that of other probabilities",
             hint=f"`{where}.options.temperature=1`, or `{where}.options.ptx_coef=0`",
+        )
+    if options.ptx_coef and experiment.data.tokenizer:
+        yield from _other_tokenizer(experiment, name)
+
+
+def _other_tokenizer(experiment: Experiment, name: str) -> Iterator[Problem]:
+    """Text to mix in that was prepared with another tokenizer than the prompts are read with."""
+    data, given = experiment.data, _tokenizer(experiment)
+    made = any(experiment.stages[other].kind == "prepare" for other in _before(experiment, name))
+    if made or not given.is_file() or all(s.shards for s in data.sources.values() if s.weight):
+        return
+    prepared = read_json(Path(data.folder) / "dataset.json", {}).get("tokenizer_sha256")
+    if prepared and prepared != (sha256 := file_sha256(given)):
+        yield Problem(
+            message=f"`stages.{name}.options.ptx_coef` mixes in `{data.folder}`, which was prepared with tokenizer "
+            f"{prepared[:SHORT]}; `data.tokenizer` ({given}) is {sha256[:SHORT]}",
+            hint=f"prepare the text again in another `data.folder`, or `stages.{name}.options.ptx_coef=0`",
         )
 
 

@@ -3,13 +3,13 @@
 PPO has four, as InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, section 3.5): actor and critic train, reference and
 reward model are frozen. The actor samples (rollout), all read what it wrote (score), actor and critic train in turn
 (update). Every prompt and response is planned at full length: together they fill the context. DPO has a frozen
-reference that reads each batch first.
+reference that reads each batch first. `compare` only samples, from a frozen policy, and learns nothing.
 
 [P] Pope et al. 2022, arXiv:2211.05102, section 2: each token that is sampled reads all weights and the cache
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from orchestrator.hardware import Chip, matmul_s
 from orchestrator.memory import bucket, logit_bytes, rank_bytes, sharded_params, slice_of, spared_bytes
@@ -18,6 +18,8 @@ from orchestrator.timing import COLLECTIVE_S, FORWARD_KERNELS, GATHER_SHARE, Sof
 
 SAMPLING_BYTES = 32  # a logit of the newest token: fp32, its share and their sum in fp64 (jobs/nn/rollout.py)
 LAUNCH_S = 10e-6  # a kernel from Python; those of a single token take less than that: an assumption
+JUDGE_S = 1e-3  # of a rule, for a response: an assumption
+COMPARE = "compare"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +30,15 @@ class Iteration(Step):
     score_s: float
 
 
+def has_phases(stage: StageSpec) -> bool:
+    """Whether ``stage`` is planned here."""
+    return stage.kind in ("ppo", "dpo", COMPARE)
+
+
 def frozen_models(stage: StageSpec) -> int:
-    """Models that are only asked; a stage that has none has no phases."""
-    return {"ppo": 2 if stage.options.get("reward") else 1, "dpo": 1}.get(stage.kind, 0)
+    """Models that are only asked."""
+    o = stage.options
+    return {"ppo": 2 if o.get("reward") else 1, "dpo": 1, COMPARE: int(bool(o.get("samples")))}.get(stage.kind, 0)
 
 
 # Memory
@@ -46,6 +54,9 @@ def phase_bytes(
     frozen = frozen_models(stage) * 4 * mine / (data if p.zero == 3 else 1)  # fp32 (jobs/runtime/start.py)
     if stage.kind == "dpo":
         return {"update": base | {"frozen": frozen}}
+    if stage.kind == COMPARE:
+        rollout = rollout_bytes(model, stage) if frozen else {}
+        return {"rollout": {"frozen": frozen, **rollout, "other": base["other"]}}
     # One engine's gradients at a time, but for what DeepSpeed allocates once
     lasting = 2 * base["gradients"] if stage.engine == "deepspeed" and p.zero in (0, 3) else 0.0
     a_bucket = _width(stage) * bucket(stage) if stage.engine == "deepspeed" and p.zero == 3 else 0.0  # of each engine
@@ -72,15 +83,21 @@ def phase_bytes(
 
 
 def rollout_bytes(model: ModelSpec, stage: StageSpec) -> dict[str, float]:
-    """While ``rollout_batch`` responses are sampled: the cache, and a copy of an actor that is sharded or cast."""
-    p, rows, width = stage.parallel, stage.options["rollout_batch"], _width(stage)
-    copied = p.zero == 3 or (stage.engine == "torch" and (p.zero > 0 or stage.precision == "bf16"))
+    """While responses are sampled: the cache, and a copy of a policy that is sharded or cast."""
+    p, rows, width = stage.parallel, rollout_batch(stage), _width(stage)
+    cast = stage.kind == "ppo" and stage.engine == "torch" and (p.zero > 0 or stage.precision == "bf16")
+    copied = p.zero == 3 or cast
     return {
         "kv_cache": cache_bytes(model, stage, rows * model.seq_len),
         "buffers": width * sharded_params(model, slice_of(model, stage, 0, 1), p.tensor) if copied else 0.0,
         "activations": _passing_bytes(model, stage, rows * (model.seq_len - stage.options["max_tokens"])),
         "logits": SAMPLING_BYTES * rows * model.vocab,
     }
+
+
+def rollout_batch(stage: StageSpec) -> int:
+    """Responses a rank samples at a time."""
+    return stage.parallel.micro_batch if stage.kind == COMPARE else int(stage.options["rollout_batch"])
 
 
 def cache_bytes(model: ModelSpec, stage: StageSpec, tokens: float) -> float:
@@ -100,6 +117,11 @@ def iteration(
     model: ModelSpec, stage: StageSpec, c: Chip, data: int, micro_batches: int, software: Software
 ) -> Iteration:
     """The time of one iteration over ``micro_batches`` a data rank."""
+    rows = micro_batches * stage.parallel.micro_batch
+    if stage.kind == COMPARE:
+        sampling = rollout_s(model, stage, c, data, rows, software) if frozen_models(stage) else 0.0
+        nothing = dict.fromkeys((f.name for f in fields(Step)), 0.0)
+        return Iteration(rollout_s=sampling, score_s=rows * JUDGE_S, **nothing)
     reading = forward_s(model, stage, c, data, micro_batches, software)
     if stage.kind == "dpo":
         learning = step(model, stage, c, data, micro_batches, software)
@@ -110,20 +132,20 @@ def iteration(
     actor, critic = (step(model, stage, c, data, n, software) for n in (turns + text, turns))
     updates = o["minibatches"] * o["inner_epochs"]
     return Iteration(
-        rollout_s=rollout_s(model, stage, c, data, micro_batches * stage.parallel.micro_batch, software),
+        rollout_s=rollout_s(model, stage, c, data, rows, software),
         score_s=(2 + frozen_models(stage)) * reading,
         **{name: updates * (s + vars(critic)[name]) for name, s in vars(actor).items()},
     )
 
 
 def rollout_s(model: ModelSpec, stage: StageSpec, c: Chip, data: int, rows: int, software: Software) -> float:
-    """Seconds in which a data rank samples ``rows`` responses, ``rollout_batch`` at a time.
+    """Seconds in which a data rank samples ``rows`` responses, `rollout_batch` at a time.
 
     The prompts pass as in training. Then each token takes what is slowest: to read weights and cache [P], to compute,
     or to launch its kernels.
     """
     p, response = stage.parallel, stage.options["max_tokens"]
-    batch, prompt = min(rows, stage.options["rollout_batch"]), model.seq_len - response
+    batch, prompt = min(rows, rollout_batch(stage)), model.seq_len - response
     prompts = layer(replace(model, seq_len=max(1, prompt)), c, batch, p.tensor, False, stage.precision, software)
     weights = model.params / p.tensor
     token = max(
@@ -132,7 +154,7 @@ def rollout_s(model: ModelSpec, stage: StageSpec, c: Chip, data: int, rows: int,
         0.0 if c.cpu else model.layers * FORWARD_KERNELS * LAUNCH_S,
     )
     token += 2 * model.layers * COLLECTIVE_S if p.tensor > 1 else 0.0
-    copied = p.zero == 3 or (stage.engine == "torch" and p.zero > 0)
+    copied = p.zero == 3 or (stage.kind == "ppo" and stage.engine == "torch" and p.zero > 0)
     group = model.layers * (prompts.forward_s + prompts.tensor_forward_s) + response * token
     return (_gather_s(model, stage, c, data) if copied else 0.0) + math.ceil(rows / batch) * group
 
@@ -158,6 +180,8 @@ def passes(stage: StageSpec) -> tuple[float, float]:
     """How often an iteration passes forward alone over its tokens, and how often it trains on them, all models
     together. A forward pass is a third of training."""
     o, frozen = stage.options, frozen_models(stage)
+    if stage.kind == COMPARE:
+        return frozen, 0.0
     if stage.kind != "ppo":
         return frozen, 1.0
     asked = 1 + 2 + frozen  # the rollout, and the scores of all models

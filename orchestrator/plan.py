@@ -73,7 +73,8 @@ class Estimate:
     save_every_optimal_steps: int
     fullest_stage: int  # the pipeline stage whose ranks hold memory_gb
     step_parts_s: dict[str, float]  # timing.Step, or phases.Iteration; they add up to step_s
-    step_band: float  # step_s may be this share more or less
+    evaluation_s: float  # of one during the run; 0: there is none
+    step_band: float  # both may be this share more or less
     interruptions: float  # expected, over the whole stage
     goodput: float  # share of the time that trains
     days_end_to_end: float  # with saving, interruptions, restarts and the queue
@@ -138,12 +139,26 @@ def refusal(problems: Sequence[Problem]) -> PlanError:
 
 def signal_lead_s(estimate: Estimate | None) -> int:
     """How long before its end a job must be told, to save in time; None stands for a stage that does not train."""
-    return 60 if estimate is None else math.ceil(_lead_s(estimate.step_s, estimate.step_band, estimate.save_s))
+    if estimate is None:
+        return 60
+    e = estimate
+    return math.ceil(_lead_s(e.step_s, e.evaluation_s, e.step_band, e.save_s))
 
 
-def _lead_s(step_s: float, band: float, save_s: float) -> float:
-    """The step at work is ended, which may take its ``band`` longer, then saved; with a minute to spare."""
-    return 60 + step_s * (1 + band) + 2 * save_s
+def _lead_s(step_s: float, evaluation_s: float, step_band: float, save_s: float) -> float:
+    """The step at work is ended, and the evaluation that may be due, which take ``step_band`` longer; then it is saved.
+    With a minute to spare."""
+    return 60 + (step_s + evaluation_s) * (1 + step_band) + 2 * save_s
+
+
+def _evaluation_s(stage: StageSpec, step: timing.Step, micro_batches: int) -> float:
+    """An evaluation: of training a third goes forward; what is asked beside it is asked once more. The last one, of
+    all that is held out, is not planned."""
+    if not stage.eval_every or stage.kind == phases.COMPARE:
+        return 0.0
+    asked = step.rollout_s + step.score_s if isinstance(step, phases.Iteration) else 0.0
+    forward = 0.0 if stage.kind == "ppo" else (step.total_s - asked) / 3
+    return (asked + forward) * max(stage.eval_samples / stage.global_batch, 1 / micro_batches)
 
 
 def estimate(experiment: Experiment, name: str) -> Estimate:
@@ -164,8 +179,10 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
 
     size_gb = checkpoint_gb(model, stage)
     save_s = size_gb / cluster.checkpoint_gb_per_s
-    band = PPO_BAND if stage.kind == "ppo" else BAND
-    kept = _goodput(stage, cluster, run_s, save_s, step.total_s, _lead_s(step.total_s, band, save_s))
+    band = PPO_BAND if stage.kind in ("ppo", phases.COMPARE) else BAND
+    evaluation_s = _evaluation_s(stage, step, micro_batches)
+    lead_s = _lead_s(step.total_s, evaluation_s, band, save_s)
+    kept = _goodput(stage, cluster, run_s, save_s, step.total_s, lead_s)
     return Estimate(
         stage=name,
         engine=stage.engine,
@@ -193,6 +210,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
         save_every_optimal_steps=max(1, min(stage.steps, round(min(kept.interval_s / step.total_s, 1e12)))),
         fullest_stage=index,
         step_parts_s=vars(step),
+        evaluation_s=evaluation_s,
         step_band=band,
         interruptions=kept.interruptions,
         goodput=kept.goodput,
@@ -214,8 +232,9 @@ def layout(stage: StageSpec, cluster: ClusterSpec) -> tuple[int, int, int]:
 
 
 def responses(stage: StageSpec) -> int:
-    """Rows of a sample: of preferences, a prompt with all its responses, as many as the stage allows."""
-    return int(stage.options.get("responses", 1))
+    """Rows of a sample: a prompt with all its responses, as many as the stage allows or samples."""
+    sampled = stage.options.get("samples", 1) if stage.kind == phases.COMPARE else 1
+    return max(1, int(stage.options.get("responses", sampled)))
 
 
 def in_rows(stage: StageSpec) -> StageSpec:
@@ -242,8 +261,8 @@ def memory(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> tuple[in
 
 
 def phases_gb(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec) -> dict[str, dict[str, float]]:
-    """GB by use, with their total, of each phase of a stage that has several models; else nothing."""
-    if not phases.frozen_models(stage):
+    """GB by use, with their total, of each phase of a stage that has some; else nothing."""
+    if not phases.has_phases(stage):
         return {}
     _, data, micro_batches = layout(stage, cluster)
     found = phases.phase_bytes(model, in_rows(stage), data, micro_batches, on_gpu=cluster.gpu != "cpu")
@@ -261,7 +280,7 @@ def step_time(model: ModelSpec, stage: StageSpec, cluster: ClusterSpec, batch: i
     _, data, _ = layout(stage, cluster)
     software = ON_CPU if cluster.gpu == "cpu" else software_of(stage)
     micro_batches = max(1, batch // (data * stage.parallel.micro_batch))
-    timed = phases.iteration if phases.frozen_models(stage) else timing.step
+    timed = phases.iteration if phases.has_phases(stage) else timing.step
     step = timed(model, in_rows(stage), chip(cluster, stage.precision), data, micro_batches, software)
     if cluster.step_factor == 1:
         return step
@@ -300,7 +319,7 @@ def _goodput(
     return goodput(
         run_s=run_s,
         save_s=save_s,
-        interval_s=stage.save_every * step_s,
+        interval_s=stage.save_every * step_s if save_s else math.inf,  # `compare` begins anew
         nodes=stage.parallel.nodes,
         per_node_day=cluster.failures_per_node_day,
         restart_s=cluster.restart_s,
@@ -316,8 +335,8 @@ def _too_short(cluster: ClusterSpec, e: Estimate) -> Iterator[Problem]:
     if limit and limit <= least:
         yield Problem(
             message=f"`cluster.slurm.time` is {limit:,.0f} s, and of a job of stage `{e.stage}` starting takes "
-            f"{cluster.restart_s:,.0f} s, and to end in time a step of {e.step_s:,.3g} s, two saves of "
-            f"{e.save_s:,.3g} s and a minute",
+            f"{cluster.restart_s:,.0f} s, and to end in time a step of {e.step_s:,.3g} s, an evaluation of "
+            f"{e.evaluation_s:,.3g} s, two saves of {e.save_s:,.3g} s and a minute",
             hint=f"`cluster.slurm.time` may be {math.floor(least / 60) + 1} (minutes) and more; "
             f"of {math.ceil(10 * least / 60)}, nine tenths train",
         )

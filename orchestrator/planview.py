@@ -48,7 +48,7 @@ def _end_to_end(e: Mapping[str, Any]) -> list[str]:
     return [
         *([f"epochs of the data on disk: {read}"] if read else []),
         f"end to end {took}{jobs}{energy}: {e['interruptions']:.2g} interruptions, {e['goodput']:.1%} trains",
-        f"a checkpoint: {size} GB in {duration(e['save_s'])}, {often}; {room} GB in all",
+        *([f"a checkpoint: {size} GB in {duration(e['save_s'])}, {often}; {room} GB in all"] if e["save_s"] else []),
     ]
 
 

@@ -269,6 +269,8 @@ class Experiment:
 
 def checkpoint_gb(model: ModelSpec, stage: StageSpec) -> float:
     """Size of one checkpoint of ``stage``."""
+    if stage.kind == "compare":
+        return 0.0
     each = CHECKPOINT_BYTES_PER_PARAM
     if stage.kind == "ppo":  # actor and critic, and the actor's average
         each = 2 * each + (4 if stage.options.get("ema", 1) is not None else 0)

@@ -133,12 +133,15 @@ def generate(run: Run, checkpoint: Path, prompts: Sequence[Any], *, as_json: boo
             click.echo(said["text"])
 
 
-def lines_of(file: Iterable[str], name: str) -> Iterator[str]:
-    """The lines of ``file``. Raises DataError where they are no UTF-8."""
-    try:
-        yield from file
-    except UnicodeDecodeError as e:
-        raise DataError(f"`{name}` is no UTF-8: {e}", hint="save it as UTF-8") from e
+def lines_of(file: Iterable[bytes], name: str) -> Iterator[str]:
+    """The lines of ``file``. Raises DataError for the first that is no UTF-8."""
+    for number, raw in enumerate(file, 1):
+        try:
+            yield raw.decode()
+        except UnicodeDecodeError as e:
+            raise DataError(
+                f"`{name}`, line {number}: not UTF-8 at byte {e.start:,} of the line", hint="save it as UTF-8"
+            ) from e
 
 
 def read_prompts(lines: Iterable[str], name: str) -> list[Any]:
@@ -150,7 +153,7 @@ def read_prompts(lines: Iterable[str], name: str) -> list[Any]:
         try:
             value = json.loads(line)
             found.append(value["prompt"] if "prompt" in value else value["messages"])
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise DataError(
                 f"`{name}`, line {number}: no JSON object with `prompt` or `messages` ({e})",
                 hint='one object a line, such as {"prompt": "Hello"}',

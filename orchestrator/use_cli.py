@@ -53,7 +53,7 @@ def _sampling(command: Any) -> Any:
 @click.command()
 @RUN
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to answer; may be given again.")
-@click.option("--file", type=click.File(encoding="utf-8"), help="More, as JSONL: `prompt` or `messages`; `-`: stdin.")
+@click.option("--file", type=click.File("rb"), help="More, as JSONL: `prompt` or `messages`; `-`: stdin.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Responses to each prompt.")
 @_sampling
 @STEP
@@ -85,7 +85,7 @@ def generate(
 @click.command()
 @RUN
 @click.option("--system", metavar="TEXT", help="What the conversation begins with.")
-@click.option("--file", type=click.File(encoding="utf-8"), help="Turns of the user, one a line. Default: stdin.")
+@click.option("--file", type=click.File("rb"), help="Turns of the user, one a line. Default: stdin.")
 @_sampling
 @STEP
 @AVERAGE
@@ -102,8 +102,8 @@ def chat(root: Path, run: str, file: Any, step: int | None, average: bool, **how
     live = file is None and sys.stdin.isatty()
     found = use.run_of(root, run)
     checkpoint = use.language_model(found, step, average=average)
-    given = file or sys.stdin
-    lines = use.typed() if live else filter(None, map(str.strip, use.lines_of(given, given.name)))
+    given, name = (file, file.name) if file else (sys.stdin.buffer, "<stdin>")
+    lines = use.typed() if live else filter(None, map(str.strip, use.lines_of(given, name)))
     use.chat(found, checkpoint, lines, live=live, **how)
 
 

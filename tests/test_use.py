@@ -242,10 +242,10 @@ def test_a_checkpoint_that_is_not_whole_is_not_used(tmp_path, caplog):
 
 def test_a_file_that_is_no_utf8_is_refused(tmp_path):
     file = tmp_path / "latin.jsonl"
-    file.write_bytes('{"prompt": "für"}\n'.encode("latin-1"))
+    file.write_bytes(b'{"prompt": "a"}\n' + '{"prompt": "für"}\n'.encode("latin-1"))
     result = CliRunner().invoke(cli, ["generate", "t/sft", "--file", str(file)])
-    assert result.exit_code == 1 and "latin.jsonl` is no UTF-8" in result.stderr
-    with file.open(encoding="utf-8") as turns, pytest.raises(DataError, match="is no UTF-8"):
+    assert result.exit_code == 1 and "latin.jsonl`, line 2: not UTF-8 at byte 13" in result.stderr
+    with file.open("rb") as turns, pytest.raises(DataError, match="line 2: not UTF-8"):
         list(lines_of(turns, file.name))
 
 

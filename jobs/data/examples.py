@@ -125,14 +125,12 @@ def read(files: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _builtin(name)
             continue
         try:
-            with open(name, encoding="utf-8") as f:
-                for number, text in enumerate(f, 1):
-                    if not text.isspace():
-                        yield f"`{name}`, line {number}", _object(f"`{name}`, line {number}", text)
+            with open(name, "rb") as f:
+                for number, raw in enumerate(f, 1):
+                    if not raw.isspace():
+                        yield f"`{name}`, line {number}", _object(f"`{name}`, line {number}", raw)
         except OSError as e:
             raise DataError(f"`{name}`: {e.strerror}", hint="is the path right, and readable from here?") from e
-        except UnicodeDecodeError as e:
-            raise DataError(f"`{name}`: not UTF-8 near byte {e.start:,}", hint="convert it, with `iconv`") from e
 
 
 def files_of(data: DataSpec, name: str, split: Split) -> Files:
@@ -212,10 +210,12 @@ def _some(found: list[Any], files: Files, left_out: Counter[str]) -> list[Any]:
     return found
 
 
-def _object(where: str, text: str) -> dict[str, Any]:
+def _object(where: str, raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as e:
+        value = json.loads(raw.decode())
+    except UnicodeDecodeError as e:
+        raise DataError(f"{where}: not UTF-8 at byte {e.start:,} of the line", hint="convert it, with `iconv`") from e
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{where}: no JSON ({e})", hint="each line must be one JSON object; was it cut off?") from e
     if not isinstance(value, dict):
         raise DataError(f"{where}: no object but {type(value).__name__}", hint="each line must be a JSON object")

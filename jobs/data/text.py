@@ -173,7 +173,7 @@ def _jsonl(part: Part, lines: Iterator[bytes]) -> Iterator[str]:
             value = json.loads(raw)
             text = value[part.text_key]
             text.encode()  # half a surrogate pair passes as JSON, but is no text
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise _broken_line(part, number, raw, e) from e
         yield text
 
@@ -185,7 +185,7 @@ def _broken_line(part: Part, number: int, raw: bytes, error: Exception) -> DataE
         before = sum(f.read(min(PART, end - at)).count(b"\n") for at in range(0, end, PART)) + (part.start > 0)
     try:
         value: Any = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         problem, hint = f"no JSON ({error})", "each line must be one JSON object; was the file cut off?"
     else:
         keys = ", ".join(f"`{k}`" for k in value) if isinstance(value, dict) else "no keys"

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from jobs.nn.heads import Scorer
 from jobs.runtime import dist, start
 from jobs.runtime.experience import REWARD_FILE, reward_facts
 from jobs.runtime.gates import Gates
-from jobs.runtime.job import Job
+from jobs.runtime.job import Job, Ranks
 from jobs.runtime.resume import Position, Probe, resume, save
 from orchestrator.compose import compose
 from orchestrator.errors import CheckpointError, DataError, TrainingError
@@ -346,6 +347,20 @@ def test_with_pretraining_text_too(folder):
     engine = ENGINES[0]
     told = run_ranks(_told, 2, folder, [engine], "fp32", MIXED)
     _holds(engine, told, reference_run(folder, _sampled, MIXED))
+
+
+def test_text_of_another_tokenizer_is_not_mixed_in(folder):
+    job = _job(Ranks(), folder, "mixed", StageSpec(kind="ppo", precision="fp32"))
+    assert ppo.pretraining_text(job, Chat.open(_data(folder)).tokenizer_sha256).tokens == len(TEXT)
+    with pytest.raises(DataError, match="is of tokenizer .*, the prompts of ffffffffffff"):
+        ppo.pretraining_text(job, "f" * 64)
+
+
+def test_samples_that_cannot_be_written_end_nothing(folder, caplog):
+    job = _job(Ranks(), folder, "full", StageSpec(kind="ppo", precision="fp32"))
+    (job.run.folder / "samples").write_text("no folder")
+    ppo.PPO._keep_samples(SimpleNamespace(job=job, o=replace(OPTIONS, samples=0)), 3, [], None)
+    assert "the samples of step 3 could not be written" in caplog.text
 
 
 def _holds(engine, told, expected):

@@ -129,6 +129,7 @@ def test_a_template_has_one_place_for_what_is_said(config, template):
         ("options: {damaged: -1, max_tokens: 8}", "options.damaged` is -1, and must be at least 0"),
         ("options: {rule: quality, max_tokens: 8}", "`quality` names no function"),
         ("options: {max_tokens: 8}, schedule: {ramp_from: 2, ramp_tokens: 99}", "`compare` has batches of one size"),
+        ("options: {max_tokens: 8}, init_from: reward", "`compare` needs a model that answers"),
     ],
 )
 def test_answers_that_cannot_be_compared(config, more, message):
@@ -136,6 +137,17 @@ def test_answers_that_cannot_be_compared(config, more, message):
     words = f"stages.compare={{kind: compare, engine: torch, precision: fp32, steps: 1, {start}{more}}}"
     (problem,) = check(compose(config, [words]).experiment, "compare", None)
     assert message in problem.message
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_lists_of_samples_must_have_room(config, kind):
+    made = "kind: compare, engine: torch, init_from: sft, precision: fp32, steps: 1, options: {samples: 4}"
+    words = [f"stages.ranks={{{made}}}", f"stages.reward.kind={kind}", "stages.reward.after=[ranks]"]
+    (problem,) = check(compose(config, words).experiment, "reward", None)
+    assert "options.responses` is 2, and `ranks` ranks up to 4 responses" in problem.message
+    assert "`stages.reward.options.responses=4`, or `stages.ranks.options.samples=2`" in problem.hint
+    for mended in ("stages.reward.options.responses=4", "stages.ranks.options.out=prompts", "stages.reward.after=[]"):
+        assert not check(compose(config, [*words, mended]).experiment, "reward", None)
 
 
 @pytest.mark.parametrize("option", ["workers=0", "tokenizer_mb=0"])
@@ -157,6 +169,23 @@ def test_text_to_mix_in_must_be_there(config):
     without = replace(experiment, data=replace(experiment.data, sources={}))
     (problem,) = check(without, "ppo", None)
     assert "`data.sources` has no text" in problem.message
+
+
+def test_text_to_mix_in_is_of_the_tokenizer_of_the_prompts(config, tokenizer):
+    words = ["stages.ppo.options.ptx_coef=27.8", "data.tokenizer=data/tokenizer.json"]
+    experiment = compose(config, words).experiment
+    record = config.parent / "data" / "dataset.json"
+    made = experiment.stages["pretrain"]
+    stages = experiment.stages | {"pretrain": replace(made, after=[])}
+    given = replace(experiment, stages=stages)  # whose text nothing prepares again
+    for sha256, refused in ((tokenizer, 0), ("f" * 64, 1)):
+        record.write_text(json.dumps({"tokenizer_sha256": sha256}))
+        found = check(given, "ppo", None)
+        assert len(found) == refused
+        assert not check(experiment, "ppo", None)
+    assert f"prepared with tokenizer ffffffffffff; `data.tokenizer` (data/tokenizer.json) is {tokenizer[:12]}" in (
+        found[0].message
+    )
 
 
 def test_the_reward_may_be_waited_for_through_others(config):

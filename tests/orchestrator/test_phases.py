@@ -88,6 +88,37 @@ def test_dpo_holds_a_reference_and_reads_it_first() -> None:
     assert 0.25 * learning < done.total_s - learning < 0.35 * learning
 
 
+def test_compare_samples_and_learns_nothing() -> None:
+    whole = stage("compare", options={"samples": 4}, micro_batch=16)  # 4 prompts
+    (parts,) = phase_bytes(MODEL, whole, 8, 4).values()
+    assert parts["frozen"] == 4 * N
+    assert parts["kv_cache"] == 2 * 32 * 8 * 128 * 2 * 16 * 2048
+    assert parts["buffers"] == 0
+    assert not {"gradients", "optimizer", "weights"} & {*parts}
+    (sharded,) = phase_bytes(MODEL, replace(whole, parallel=replace(whole.parallel, zero=3)), 8, 4).values()
+    assert (sharded["frozen"], sharded["buffers"]) == (4 * N / 8, 2 * N)  # a gathered copy samples
+    taken = iteration(MODEL, whole, A100, 8, 4, Software())
+    assert taken.rollout_s == rollout_s(MODEL, whole, A100, 8, 64, Software())
+    assert taken.total_s == taken.rollout_s + 64 * 1e-3  # a rule judges
+    assert {*phase_bytes(MODEL, stage("compare", options={"samples": 0}), 8, 4)["rollout"]} == {"frozen", "other"}
+
+
+def test_compare_is_planned_with_all_its_samples() -> None:
+    e = compose("chatgpt-demo", ["model=gpt3-1.3b", "cluster=a100-80g", "stages.compare.global_batch=512"]).experiment
+
+    def planned(samples: int) -> Estimate:
+        s = replace(e.stages["compare"], options=e.stages["compare"].options | {"samples": samples})
+        return estimate(replace(e, stages={"s": s}), "s")
+
+    none, two, eight = planned(0), planned(2), planned(8)
+    assert eight.memory_gb["kv_cache"] == 4 * two.memory_gb["kv_cache"]
+    assert two.memory_gb["frozen"] == 4 * e.model.params / 1e9
+    assert none.memory_gb["frozen"] == 0
+    assert (two.checkpoint_gb, two.save_s, two.evaluation_s) == (0, 0, 0)
+    assert none.step_s < two.step_s < eight.step_s
+    assert 0 < two.mfu < eight.mfu < 1
+
+
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
 def test_a_prompt_is_as_many_rows_as_it_has_responses(kind: str) -> None:
     e = compose("instructgpt-1.3b", ["model.attention=dense"]).experiment  # masks of bands are as large for any rows

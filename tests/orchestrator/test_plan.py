@@ -119,15 +119,31 @@ def test_a_ramp_is_counted() -> None:
 def test_signal_lead() -> None:
     e = estimate(experiment(), "s")
     # the step at work is ended first, and may take longer than planned
+    assert e.evaluation_s == 0
     assert signal_lead_s(e) == math.ceil(60 + e.step_s * (1 + e.step_band) + 2 * e.save_s)
     assert signal_lead_s(None) == 60
+
+
+@pytest.mark.parametrize(("samples", "batches"), [(TRAIN.global_batch, 1), (10 * TRAIN.global_batch, 10)])
+def test_an_evaluation_may_be_due_before_the_save(samples: int, batches: float) -> None:
+    e = estimate(experiment(stage=replace(TRAIN, eval_every=5, eval_samples=samples)), "s")
+    assert e.evaluation_s == pytest.approx(batches * e.step_s / 3)  # a third of training goes forward
+    assert signal_lead_s(e) == math.ceil(60 + (e.step_s + e.evaluation_s) * (1 + e.step_band) + 2 * e.save_s)
+
+
+def test_an_evaluation_of_ppo_samples_and_scores() -> None:
+    config = compose("instructgpt-1.3b")
+    e = estimate(config.experiment, "ppo")
+    asked = e.step_parts_s["rollout_s"] + e.step_parts_s["score_s"]
+    stage = config.experiment.stages["ppo"]
+    assert e.evaluation_s == pytest.approx(asked * stage.eval_samples / stage.global_batch)
 
 
 def test_keys_of_the_json() -> None:
     keys = (
         "stage engine params world data tensor ulysses pipeline micro_batches memory_gb gpu_memory_gb fits step_s "
         "tokens_per_s model_tflops_per_gpu mfu hfu bubble days gpu_hours usd checkpoint_gb save_s "
-        "save_every_optimal_steps fullest_stage step_parts_s step_band interruptions goodput days_end_to_end "
+        "save_every_optimal_steps fullest_stage step_parts_s evaluation_s step_band interruptions goodput days_end_to_end "
         "submissions storage_tb energy_mwh phases epochs"
     )
     e = estimate(experiment(), "s").to_json()

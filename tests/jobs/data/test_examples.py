@@ -185,11 +185,20 @@ def test_equal_responses_are_no_preference(chat, tmp_path):
         (r'{"prompt": "a", "response": "b\ud83d"}', "line 2: character 2 of a text is half a surrogate pair"),
         (r'{"prompt": "\ud83d", "response": "b"}', "line 2: character 1 of a text is half a surrogate pair"),
         ("[1]", "line 2: no object but list"),
+        ("[" * 100_000, "line 2: no JSON"),
     ],
 )
 def test_a_malformed_line_is_named(chat, tmp_path, line, message):
     with pytest.raises(DataError, match=message):
         demonstrations(write(tmp_path, {"prompt": "a", "response": "b"}, line), chat, longest=30, left_out=Counter())
+
+
+def test_a_line_that_is_no_utf8_is_named(chat, tmp_path):
+    files = write(tmp_path, *({"prompt": "a" * 90, "response": "b"} for _ in range(3000)))
+    with open(files.names[0], "ab") as f:
+        f.write('{"prompt": "für"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match="line 3001: not UTF-8 at byte 13 of the line"):
+        demonstrations(files, chat, longest=200, left_out=Counter())
 
 
 @pytest.mark.parametrize("raw", [True, False])

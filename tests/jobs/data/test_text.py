@@ -60,6 +60,7 @@ def test_parts_of_any_size_read_each_line_once(tmp_path_factory, lines, size):
     ("bad", "says"),
     [
         ('{"text": "cut', r"a\.jsonl`, line 41: no JSON"),
+        ("[" * 100_000, r"a\.jsonl`, line 41: no JSON"),
         ('{"body": "x", "id": 1}', r"line 41: no text under the key `text`; there is `body`, `id`"),
         ('{"text": 5}', r"line 41: no text under the key `text`"),
         ('["text"]', r"line 41: .*no keys"),
