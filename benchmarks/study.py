@@ -4,8 +4,8 @@
     python benchmarks/study.py --of runs/chatgpt-demo        # what one run of the chain has learned
 
 Every number is of held-out functions: no stage has seen their files, nor their prompts in any other. The last judge,
-`quality`, is a rule that nothing was trained on: PPO learns from the reward model, and the rule says whether that was
-worth anything.
+`quality`, is a rule that PPO is not given: it learns from the reward model, some of whose pairs are samples that this
+rule has ranked, and the rule says what came through.
 """
 
 import argparse
@@ -29,7 +29,7 @@ GATES = {
     "reward: accuracy on pairs": (0.75, None),
     "ppo: gain of reward": (1.3, None),
     "ppo: gain of score": (1.0, None),
-    "ppo: gain of quality, a rule it never saw": (0.0, None),
+    "ppo: gain of quality, a rule it is not given": (0.0, None),
     "ppo: tokens of a response": (11, None),
     "ppo: KL, nats a response": (None, 10),
     "ppo: distinct responses": (0.94, None),
@@ -49,7 +49,7 @@ def learned(experiment: Path) -> dict[str, float]:
         "reward: accuracy on pairs": reward["accuracy"],
         "ppo: gain of reward": last["val/reward"] - first["val/reward"],
         "ppo: gain of score": last["val/score"] - first["val/score"],
-        "ppo: gain of quality, a rule it never saw": last["val/rule/quality"] - first["val/rule/quality"],
+        "ppo: gain of quality, a rule it is not given": last["val/rule/quality"] - first["val/rule/quality"],
         "ppo: tokens of a response": last["val/length"],
         "ppo: KL, nats a response": last["val/kl"],
         "ppo: distinct responses": last["val/distinct"],

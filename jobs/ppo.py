@@ -362,8 +362,8 @@ class PPO:
         try:
             folder.mkdir(exist_ok=True)
             write_atomic(folder / f"step-{step:07d}.jsonl", "".join(lines))
-        except OSError as e:
-            log.warning("the samples of step %d could not be written to `%s`: %s", step, folder, e.strerror)
+        except OSError as error:
+            log.warning("the samples of step %d could not be written to `%s`: %s", step, folder, error.strerror)
 
 
 def pretraining_text(job: Job, tokenizer: str) -> PackedDataset:

@@ -352,7 +352,7 @@ def test_with_pretraining_text_too(folder):
 def test_text_of_another_tokenizer_is_not_mixed_in(folder):
     job = _job(Ranks(), folder, "mixed", StageSpec(kind="ppo", precision="fp32"))
     assert ppo.pretraining_text(job, Chat.open(_data(folder)).tokenizer_sha256).tokens == len(TEXT)
-    with pytest.raises(DataError, match="is of tokenizer .*, the prompts of ffffffffffff"):
+    with pytest.raises(DataError, match=r"is of tokenizer .*, the prompts of ffffffffffff"):
         ppo.pretraining_text(job, "f" * 64)
 
 

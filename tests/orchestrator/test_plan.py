@@ -143,8 +143,8 @@ def test_keys_of_the_json() -> None:
     keys = (
         "stage engine params world data tensor ulysses pipeline micro_batches memory_gb gpu_memory_gb fits step_s "
         "tokens_per_s model_tflops_per_gpu mfu hfu bubble days gpu_hours usd checkpoint_gb save_s "
-        "save_every_optimal_steps fullest_stage step_parts_s evaluation_s step_band interruptions goodput days_end_to_end "
-        "submissions storage_tb energy_mwh phases epochs"
+        "save_every_optimal_steps fullest_stage step_parts_s evaluation_s step_band interruptions goodput "
+        "days_end_to_end submissions storage_tb energy_mwh phases epochs"
     )
     e = estimate(experiment(), "s").to_json()
     assert list(e) == keys.split()
