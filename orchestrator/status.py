@@ -38,7 +38,7 @@ def look(runs: Sequence[Run]) -> tuple[list[Standing], str]:
 
 
 def _stand(run: Run, silent: dict[str, str]) -> Standing:
-    attempts, seen = run.attempts(), None
+    seen = None
     launcher = run.submissions[-1].launcher if run.submissions else ""
     alive = False
     if launcher and launcher not in silent:
@@ -48,6 +48,7 @@ def _stand(run: Run, silent: dict[str, str]) -> Standing:
             alive = through.alive(run)
         except LaunchError as error:
             silent[launcher] = str(error)
+    attempts = run.attempts()  # after the launcher has answered: a run that ends meanwhile has ended well
     if launcher in silent:
         alive = _unended(run, attempts)
     state = run.state(alive=alive, attempts=attempts)

@@ -16,6 +16,7 @@ from clock import slowness, wait
 from tracked import make_chain
 
 from launch import _slurm_queue as queue
+from launch import local
 from orchestrator import show, status
 from orchestrator.run import Attempt, Run, Submission, list_runs, write_json
 
@@ -136,6 +137,20 @@ def test_where_slurm_is_away_the_folder_is_believed(run, tmp_path):
     out, _ = orch(run, "status", PATH=str(tmp_path / "bin"))
     assert re.search(r"^demo/pretrain +done +", out, flags=re.MULTILINE)
     assert re.search(r"^demo/sft +queued\? +", out, flags=re.MULTILINE)
+
+
+def test_a_run_that_ends_while_its_launcher_is_asked_is_done(run, monkeypatch):
+    """A scheduler takes seconds to answer, and the folder was read before it did."""
+
+    def ends_meanwhile(asked):
+        asked.save_attempt(
+            Attempt(name="1r1", job_id="1", world=2, host="h", started_at=2.0, cause="done", to_step=100)
+        )
+        return False
+
+    monkeypatch.setattr(local, "alive", ends_meanwhile)
+    (standing,), _ = status.look([run])
+    assert (standing.state, standing.attempts[-1].cause) == ("done", "done")
 
 
 def test_watching_without_a_terminal_prints_lines_until_all_have_ended(run):
