@@ -22,17 +22,17 @@ REPO = Path(__file__).resolve().parent.parent
 ORCH = Path(sys.executable).with_name("orch")
 CONFIG = REPO / "configs" / "chatgpt-demo.yaml"
 STAGES = ("pretrain", "sft", "compare", "reward", "ppo")
-# The gates of tests/test_demo.py: beyond the worst of three seeds by two deviations, where that leaves anything;
-# of `quality`, that it rose at all (benchmarks/notes/2026-11-22-study.md).
+# The gates of tests/test_demo.py: beyond the worst of three seeds by two deviations; the length by hand
+# (benchmarks/notes/2026-11-28-study.md).
 GATES = {
-    "sft: drop of nats a token": (0.7, None),
-    "reward: accuracy on pairs": (0.75, None),
-    "ppo: gain of reward": (1.3, None),
-    "ppo: gain of score": (1.0, None),
-    "ppo: gain of quality, a rule it is not given": (0.0, None),
+    "sft: drop of nats a token": (0.48, None),
+    "reward: accuracy on pairs": (0.74, None),
+    "ppo: gain of reward": (0.52, None),
+    "ppo: gain of score": (0.58, None),
+    "ppo: gain of quality, a rule it is not given": (0.03, None),
     "ppo: tokens of a response": (11, None),
-    "ppo: KL, nats a response": (None, 10),
-    "ppo: distinct responses": (0.94, None),
+    "ppo: KL, nats a response": (None, 4.6),
+    "ppo: distinct responses": (0.93, None),
 }
 
 
