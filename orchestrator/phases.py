@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from orchestrator.hardware import Chip, matmul_s
+from orchestrator.inputs import COMPARE
 from orchestrator.memory import bucket, logit_bytes, rank_bytes, sharded_params, slice_of, spared_bytes
 from orchestrator.spec import ModelSpec, StageSpec
 from orchestrator.timing import COLLECTIVE_S, FORWARD_KERNELS, GATHER_SHARE, Software, Step, layer, step
@@ -19,7 +20,6 @@ from orchestrator.timing import COLLECTIVE_S, FORWARD_KERNELS, GATHER_SHARE, Sof
 SAMPLING_BYTES = 32  # a logit of the newest token: fp32, its share and their sum in fp64 (jobs/nn/rollout.py)
 LAUNCH_S = 10e-6  # a kernel from Python; those of a single token take less than that: an assumption
 JUDGE_S = 1e-3  # of a rule, for a response: an assumption
-COMPARE = "compare"
 
 
 @dataclass(frozen=True, kw_only=True)

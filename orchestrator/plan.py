@@ -19,6 +19,7 @@ from orchestrator.checks import Problem, check
 from orchestrator.errors import ConfigError, PlanError, together
 from orchestrator.failures import Goodput, goodput, limit_s, storage_gb
 from orchestrator.hardware import chip
+from orchestrator.inputs import COMPARE
 from orchestrator.memory import fullest, rank_bytes, zero_options
 from orchestrator.registry import did_you_mean, find
 from orchestrator.scaling import epochs
@@ -154,7 +155,7 @@ def _lead_s(step_s: float, evaluation_s: float, step_band: float, save_s: float)
 def _evaluation_s(stage: StageSpec, step: timing.Step, micro_batches: int) -> float:
     """An evaluation: of training a third goes forward; what is asked beside it is asked once more. The last one, of
     all that is held out, is not planned."""
-    if not stage.eval_every or stage.kind == phases.COMPARE:
+    if not stage.eval_every or stage.kind == COMPARE:
         return 0.0
     asked = step.rollout_s + step.score_s if isinstance(step, phases.Iteration) else 0.0
     forward = 0.0 if stage.kind == "ppo" else (step.total_s - asked) / 3
@@ -179,7 +180,7 @@ def estimate(experiment: Experiment, name: str) -> Estimate:
 
     size_gb = checkpoint_gb(model, stage)
     save_s = size_gb / cluster.checkpoint_gb_per_s
-    band = PPO_BAND if stage.kind in ("ppo", phases.COMPARE) else BAND
+    band = PPO_BAND if stage.kind in ("ppo", COMPARE) else BAND
     evaluation_s = _evaluation_s(stage, step, micro_batches)
     lead_s = _lead_s(step.total_s, evaluation_s, band, save_s)
     kept = _goodput(stage, cluster, run_s, save_s, step.total_s, lead_s)
@@ -233,7 +234,7 @@ def layout(stage: StageSpec, cluster: ClusterSpec) -> tuple[int, int, int]:
 
 def responses(stage: StageSpec) -> int:
     """Rows of a sample: a prompt with all its responses, as many as the stage allows or samples."""
-    sampled = stage.options.get("samples", 1) if stage.kind == phases.COMPARE else 1
+    sampled = stage.options.get("samples", 1) if stage.kind == COMPARE else 1
     return max(1, int(stage.options.get("responses", sampled)))
 
 
